@@ -1,0 +1,1 @@
+"""Preference training at the speed of the bare matrix products."""

@@ -1,0 +1,177 @@
+"""The one layout that data, model, reference store and loss share.
+
+A group is one prompt and its k answers; a pair is a group with k = 2. A pack lays whole groups side by side,
+each prompt once:
+
+    input_ids      p p p p a a a b b | q q q c c d d d      (T,)  two groups, no padding
+    position_ids   0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 3 4 5      every answer continues from its prompt's end
+    segment        0 0 0 0 1 1 1 2 2 | 3 3 3 4 4 5 5 5      (M segments) what one attention call sees
+
+The query segments tile the pack. The keys of a prompt segment are itself; the keys of an answer segment are
+[its prompt, itself], gathered by `kv_index`, causal and aligned at the bottom right. So `cu_seqlens_q` and
+`cu_seqlens_k` differ, which is what varlen attention kernels take.
+
+The log-prob of an answer token is read from the hidden state one position earlier; for the first token of every
+answer that is the prompt's last token. `hidden_index` and `targets` list those (row, token) couples, the only rows
+that ever reach the LM head, answer by answer: `cu_answers` marks where each answer begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its answers, as token ids.
+
+    Attributes:
+        row: index of the row in its source, counted from 0, for messages.
+        prompt_ids: (L,) int32, may be empty.
+        answers: k arrays (A_i,) int32, each with at least one token, end token included.
+        pairs: (chosen, rejected) indices into `answers`.
+    """
+
+    row: int
+    prompt_ids: np.ndarray
+    answers: tuple[np.ndarray, ...]
+    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the group takes in a pack, its prompt counted once."""
+        return len(self.prompt_ids) + sum(len(answer) for answer in self.answers)
+
+    @property
+    def num_unshared_tokens(self) -> int:
+        """Tokens that the group would take with one copy of the prompt per answer."""
+        return len(self.prompt_ids) * len(self.answers) + sum(len(answer) for answer in self.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """A pack of whole groups; see the module's diagram.
+
+    Attributes:
+        input_ids, position_ids: (T,) int64.
+        cu_seqlens_q, cu_seqlens_k: (M + 1,) int64 on the CPU; bounds of each segment's queries and keys.
+        kv_index: (K,) int64, rows of the pack that form the keys of all segments, one after another.
+        hidden_index: (N,) int64, the row whose hidden state predicts the target.
+        targets: (N,) int64 token ids.
+        cu_answers: (S + 1,) int64, bounds of each answer's targets.
+        chosen, rejected: (P,) int64, indices of answers.
+        pair_rows: P source rows, for messages.
+        ref_logps: (N,) fp32 reference log-probs of the targets, or None.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    kv_index: Tensor
+    hidden_index: Tensor
+    targets: Tensor
+    cu_answers: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    pair_rows: tuple[int, ...]
+    ref_logps: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.input_ids.shape[0]
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return len(self.pair_rows)
+
+    @property
+    def answer_lengths(self) -> Tensor:
+        """(S,) int64 number of scored tokens of each answer."""
+        return self.cu_answers.diff()
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same pack with its tensors on `device`; the segment bounds stay on the CPU, where loops read them."""
+        on_host = ("cu_seqlens_q", "cu_seqlens_k")
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__dataclass_fields__
+            if isinstance(value := getattr(self, name), Tensor) and name not in on_host
+        }
+        return replace(self, **moved)
+
+
+def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | None = None) -> PackedBatch:
+    """Lay groups side by side.
+
+    Args:
+        groups: at least one.
+        ref_logps: for each group and each of its answers, fp32 log-probs of the scored tokens.
+
+    An answer whose prompt is empty has no token before its first one, so that first token is not scored.
+    """
+    assert groups, "a pack holds at least one group"
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    hidden: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    rows: list[int] = []
+    start = num_answers = 0
+    for group in groups:
+        prompt_len = len(group.prompt_ids)
+        prompt = np.arange(start, start + prompt_len)
+        if prompt_len:
+            ids.append(group.prompt_ids)
+            positions.append(np.arange(prompt_len))
+            keys.append(prompt)
+        for pair in group.pairs:
+            chosen.append(num_answers + pair[0])
+            rejected.append(num_answers + pair[1])
+            rows.append(group.row)
+        start += prompt_len
+        for answer in group.answers:
+            own = np.arange(start, start + len(answer))
+            ids.append(answer)
+            positions.append(np.arange(prompt_len, prompt_len + len(answer)))
+            keys.append(np.concatenate([prompt, own]))
+            before = prompt[-1:]  # empty where the prompt is
+            hidden.append(np.concatenate([before, own[:-1]]))
+            targets.append(answer[len(answer) - len(hidden[-1]) :])
+            start += len(answer)
+        num_answers += len(group.answers)
+    flat_ref = None
+    if ref_logps is not None:
+        flat_ref = torch.from_numpy(np.concatenate([a for group in ref_logps for a in group]).astype(np.float32))
+        assert len(flat_ref) == sum(map(len, targets)), "one reference log-prob per scored token"
+    return PackedBatch(
+        input_ids=_join(ids),
+        position_ids=_join(positions),
+        cu_seqlens_q=_bounds(ids),
+        cu_seqlens_k=_bounds(keys),
+        kv_index=_join(keys),
+        hidden_index=_join(hidden),
+        targets=_join(targets),
+        cu_answers=_bounds(targets),
+        chosen=torch.tensor(chosen, dtype=torch.int64),
+        rejected=torch.tensor(rejected, dtype=torch.int64),
+        pair_rows=tuple(rows),
+        ref_logps=flat_ref,
+    )
+
+
+def _join(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+
+def _bounds(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *map(len, arrays)], dtype=np.int64))

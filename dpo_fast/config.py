@@ -1,0 +1,149 @@
+"""Every setting, its default and its meaning, in one place.
+
+Names and defaults are those of TRL's `DPOConfig` and transformers' `TrainingArguments` where the meaning is the same;
+README.md lists the few that differ. The command line, YAML files and Python read these classes and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+TruncationMode = Literal["keep_start", "keep_end", "drop"]
+
+
+class UserError(ValueError):
+    """A mistake in the input or the settings: one clear message, exit code 2, no traceback."""
+
+
+@dataclass
+class DataConfig:
+    """Which rows are read and how they become tokens.
+
+    Attributes:
+        data: .jsonl, .jsonl.gz, .json or .parquet file, or a Hub dataset's name (`name:split` for a split).
+        prompt_column: column of the prompt; rows without it have it inside `chosen` and `rejected`.
+        chosen_column: column of the preferred answer.
+        rejected_column: column of the rejected answer.
+        responses_column: column with a list of answers, where rows have no chosen and rejected.
+        scores_column: column with one number per response; the highest and the lowest make the pair.
+        tools_column: column with the tools that the chat template is given.
+        chat_template: file with a Jinja chat template that replaces the tokenizer's.
+        apply_chat_template: wrap plain-text rows as one user turn and one assistant turn.
+        max_length: tokens of prompt plus answer that are kept; null keeps all.
+        truncation_mode: `keep_start` cuts the end of the answer (TRL's meaning), `keep_end` the start of the
+            prompt, `drop` leaves rows that are too long out.
+        max_rows: read no more than this many rows.
+        strict: stop at the first row that would be dropped.
+    """
+
+    data: str = ""
+    prompt_column: str = "prompt"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    responses_column: str = "responses"
+    scores_column: str = "scores"
+    tools_column: str = "tools"
+    chat_template: str | None = None
+    apply_chat_template: bool = False
+    max_length: int | None = 1024
+    truncation_mode: TruncationMode = "keep_start"
+    max_rows: int | None = None
+    strict: bool = False
+
+
+@dataclass
+class ModelConfig:
+    """Which model runs, where and in which numbers.
+
+    Attributes:
+        model: checkpoint folder, Hub name or .gguf file.
+        device: `auto` is CUDA where there is a GPU, else the CPU.
+        dtype: of the weights; `auto` is float32.
+        bf16: run the forward and backward in bfloat16 autocast; null is true on a GPU, false on a CPU.
+        max_tokens_per_batch: token budget of one pack; null is twice `max_length`, so that any pair fits.
+        head_memory_budget_gib: GiB that the LM head may hold for its exponentials.
+        reference_store: SQLite file of reference log-probs; null is `reference.sqlite` in the user's cache folder.
+    """
+
+    model: str = ""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    bf16: bool | None = None
+    max_tokens_per_batch: int | None = None
+    head_memory_budget_gib: float = 2.0
+    reference_store: str | None = None
+
+
+@dataclass
+class DPOConfig(ModelConfig, DataConfig):
+    """Settings of a training run: those of `DataConfig` and `ModelConfig`, and the following.
+
+    Attributes:
+        output_dir: folder of the run.
+        ref_model: the reference, where it is not the model that training starts from.
+        eval_data: held-out rows, in any of the forms of `data`.
+        eval_split: share of `data` that is held out where `eval_data` is not given.
+        eval_steps: evaluate every so many optimizer steps; null evaluates at the end alone.
+        loss_type: name of a preference loss (`dpo_fast.losses.LOSSES`).
+        beta: strength of the pull towards the reference.
+        label_smoothing: probability that a label is flipped, for the losses that use it.
+        learning_rate: peak learning rate.
+        lr_scheduler_type: a schedule of transformers (`linear`, `cosine`, `constant_with_warmup`, ...).
+        warmup_steps: steps of warm-up; below 1, a share of all steps.
+        optim: `adamw_torch`, or `adamw_8bit` through bitsandbytes.
+        adam_beta1: Adam's first decay.
+        adam_beta2: Adam's second decay.
+        adam_epsilon: Adam's epsilon.
+        weight_decay: on matrices; biases and norms have none.
+        max_grad_norm: norm to which the gradient is clipped; 0 does not clip.
+        per_device_train_batch_size: pairs of one micro-batch.
+        gradient_accumulation_steps: micro-batches of one optimizer step; the loss is the mean over all its pairs.
+        num_train_epochs: passes over the rows, where `max_steps` is not given.
+        max_steps: optimizer steps; -1 follows `num_train_epochs`.
+        gradient_checkpointing: recompute the activations of each layer in the backward.
+        logging_steps: write metrics every so many steps.
+        save_steps: write a checkpoint every so many steps; 0 writes none but the final model.
+        save_total_limit: checkpoints kept; null keeps all.
+        resume: `auto` goes on from the newest whole checkpoint in `output_dir`, a folder from that one.
+        overwrite: start anew in an `output_dir` that holds a run.
+        seed: of the order of rows and of dropout.
+        dry_run: read the data, show the report and the plan, then stop.
+    """
+
+    output_dir: str = "runs/dpo"
+    ref_model: str | None = None
+    eval_data: str | None = None
+    eval_split: float = 0.0
+    eval_steps: int | None = None
+    loss_type: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0
+    optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    resume: str | None = None
+    overwrite: bool = False
+    seed: int = 42
+    dry_run: bool = False
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of dpo-fast (`$XDG_CACHE_HOME/dpo-fast`, else `~/.cache/dpo-fast`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-fast"
