@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_fast.kernels.segment_sum import segment_sum
+from dpo_fast.losses import PairLogps
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -175,3 +178,24 @@ def _join(arrays: list[np.ndarray]) -> Tensor:
 
 def _bounds(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.cumsum([0, *map(len, arrays)], dtype=np.int64))
+
+
+def pair_logps(batch: PackedBatch, token_logps: Tensor) -> PairLogps:
+    """Sums over answers, pair by pair: the step from (N,) token log-probs to what losses read.
+
+    Args:
+        batch: with `ref_logps`.
+        token_logps: (N,) log-probs of the policy, differentiable.
+    """
+    assert batch.ref_logps is not None, "a loss needs the reference's log-probs"
+    policy = segment_sum(token_logps, batch.cu_answers)
+    reference = segment_sum(batch.ref_logps, batch.cu_answers)
+    lengths = batch.answer_lengths
+    return PairLogps(
+        chosen=policy[batch.chosen],
+        rejected=policy[batch.rejected],
+        ref_chosen=reference[batch.chosen],
+        ref_rejected=reference[batch.rejected],
+        chosen_len=lengths[batch.chosen],
+        rejected_len=lengths[batch.rejected],
+    )

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """A mistake in the input or the settings: one clear message, exit code 2, no traceback."""
 
 
+class TrainingError(RuntimeError):
+    """A run that stopped itself: a first step that is not at the reference, a loss or gradient that is not finite."""
+
+
 @dataclass
 class DataConfig:
     """Which rows are read and how they become tokens.
@@ -75,6 +79,34 @@ class ModelConfig:
     max_tokens_per_batch: int | None = None
     head_memory_budget_gib: float = 2.0
     reference_store: str | None = None
+
+
+@dataclass
+class DemoConfig:
+    """Settings of `dpo-fast demo`.
+
+    Attributes:
+        out: folder of what the demo makes.
+        quick: a smaller run, under a minute.
+        seed: of everything random.
+    """
+
+    out: str = "demo"
+    quick: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ScoreConfig(ModelConfig, DataConfig):
+    """Settings of `dpo-fast score`: those of `DataConfig` and `ModelConfig`, and the following.
+
+    Attributes:
+        out: file to write, one JSON object a pair.
+        tokens: also write the log-prob of each token.
+    """
+
+    out: str = ""
+    tokens: bool = False
 
 
 @dataclass

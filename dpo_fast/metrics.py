@@ -1,0 +1,93 @@
+"""What a run reports: TRL's metric names, summed on the device and brought to the host once a report."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_fast.losses import PairLogps
+
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+def pair_metrics(pairs: PairLogps, losses: Tensor, beta: float) -> Tensor:
+    """(len(PAIR_METRICS), P) fp32. A reward is beta times the log-ratio to the reference, as in DPO's section 4."""
+    chosen = beta * pairs.chosen_logratio
+    rejected = beta * pairs.rejected_logratio
+    rows = (losses, chosen, rejected, (chosen > rejected).float(), chosen - rejected, pairs.chosen, pairs.rejected)
+    return torch.stack([row.detach() for row in rows])
+
+
+class PairAverage:
+    """Mean of `pair_metrics` over many packs; one host transfer when read."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self.num_pairs = 0
+
+    def add(self, metrics: Tensor) -> None:
+        """Add a (len(PAIR_METRICS), P) block."""
+        total = metrics.double().sum(1)
+        self._sum = total if self._sum is None else self._sum + total
+        self.num_pairs += metrics.shape[1]
+
+    def read(self) -> dict[str, float]:
+        """The means by name; empty if nothing was added."""
+        if self._sum is None:
+            return {}
+        return dict(zip(PAIR_METRICS, (self._sum / self.num_pairs).tolist(), strict=True))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak GiB so far: of the device's allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, flushed as written."""
+
+    def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
+        """Open for appending; lines of later steps, left by a run that died after its checkpoint, are dropped."""
+        kept = [row for row in read_metrics(path) if row["step"] <= keep_up_to_step]
+        self._file = path.open("w")
+        for row in kept:
+            self.write(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; none if it is not there. A last line cut by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

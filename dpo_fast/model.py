@@ -1,0 +1,263 @@
+"""A causal language model that reads packs: loading, packed attention, and the log-probs of a pack's targets."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpo_fast.batch import Group, PackedBatch, pack
+from dpo_fast.config import ModelConfig, UserError
+from dpo_fast.kernels.linear_logprob import linear_logprob
+from dpo_fast.kernels.prefix_attention import PrefixLayout, prefix_attention, prefix_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKED_ATTENTION = "dpo_fast_packed"
+# Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
+NUMERICS_VERSION = 1
+# Attention features whose keyword the packed attention does not honour; a model that uses one is refused.
+_UNSUPPORTED_ATTENTION = ("softcap", "sliding_window", "s_aux", "position_bias")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is a GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _source(model: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a model: (path or Hub name, extra arguments)."""
+    if not model:
+        raise UserError("no model given: pass --model with a checkpoint folder, a Hub name or a .gguf file")
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model {model}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"--model {model}: the folder holds no config.json; expected a Hugging Face checkpoint folder")
+    return model, {}
+
+
+def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with `chat_template` (a file of Jinja) in place of its own where given."""
+    from transformers import AutoTokenizer
+
+    source, extra = _source(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model {model}: cannot load its tokenizer: {_first_line(error)}") from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text()
+        except OSError as error:
+            raise UserError(f"--chat_template {chat_template}: {error.strerror}") from error
+    return tokenizer
+
+
+def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a causal language model on the CPU, without dropout, set to read packs."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    source, extra = _source(name)
+    if extra:
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model {name}: cannot load it: {_first_line(error)}") from error
+    _disable_dropout(model)
+    use_packed_attention(model)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Preference losses compare with a reference without noise, so dropout is off in training, too (as in TRL)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Let the model's attention read packs. It stays set, since gradient checkpointing runs forwards in the backward.
+
+    `model.set_attn_implementation("sdpa")` undoes it, for `generate`.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
+    model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_layout: PrefixLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (1, H, T, d) queries in, (1, T, H, d) out."""
+    if packed_layout is None:
+        raise ValueError(
+            "this model is set to read packs and got a plain batch; "
+            'call model.set_attn_implementation("sdpa") before using it on its own'
+        )
+    for name in _UNSUPPORTED_ATTENTION:
+        if kwargs.get(name) is not None:
+            raise UserError(
+                f"{type(module).__name__} uses {name} in its attention, which shared-prompt packs do not support yet"
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return prefix_attention(query, key, value, packed_layout, scale).transpose(1, 2), None
+
+
+class Policy:
+    """A model with what it needs to score packs: its device, its compute dtype and the head's memory budget."""
+
+    def __init__(self, model: PreTrainedModel, *, device: torch.device, bf16: bool, memory_budget: int) -> None:
+        """Take a model from `load_model`; `bf16` runs it in bfloat16 autocast, `memory_budget` is in bytes."""
+        self.model = model.to(device).eval()
+        self.device = device
+        self.bf16 = bf16
+        self.memory_budget = memory_budget
+
+    @classmethod
+    def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
+        """Load `name`, by default `config.model`, as the configuration says."""
+        device = pick_device(config.device)
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+        return cls(
+            load_model(name or config.model, dtype),
+            device=device,
+            bf16=bf16 and dtype is torch.float32,
+            memory_budget=int(config.head_memory_budget_gib * 2**30),
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the matrix products."""
+        return torch.bfloat16 if self.bf16 else self.model.dtype
+
+    @property
+    def numerics(self) -> str:
+        """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
+        return f"v{NUMERICS_VERSION} {self.compute_dtype} {PACKED_ATTENTION}"
+
+    def autocast(self) -> torch.autocast:
+        """The context that the decoder's body runs in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """Log-probs of a pack's targets: the decoder's body over the pack, the head over the target rows alone.
+
+        Returns:
+            (N,) fp32, in the order of `batch.targets`, differentiable.
+        """
+        layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
+        with self.autocast():
+            hidden = self.model.get_decoder()(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                use_cache=False,
+                packed_layout=layout,
+            ).last_hidden_state[0]
+        return self.head_logps(hidden.index_select(0, batch.hidden_index), batch.targets)
+
+    def head_logps(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """Log-probs of `targets` (N,) under the LM head, from the hidden states `rows` (N, D) one position earlier."""
+        head = self.model.get_output_embeddings()
+        text_config = self.model.config.get_text_config()
+        dtype = self.compute_dtype
+        bias = getattr(head, "bias", None)
+        return linear_logprob(
+            rows.to(dtype),
+            head.weight.to(dtype),
+            targets,
+            bias=None if bias is None else bias.to(dtype),
+            softcap=getattr(text_config, "final_logit_softcapping", None),
+            temperature=getattr(text_config, "logits_scaling", None) or 1.0,
+            memory_budget=self.memory_budget,
+        )
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> Tensor:
+        """(N,) fp32 log-probs on the CPU, without gradients; `batch` may lie anywhere."""
+        return self.token_logps(batch.to(self.device)).cpu()
+
+    def set_trainable(self, *, gradient_checkpointing: bool) -> None:
+        """Switch to training mode."""
+        self.model.train()
+        if gradient_checkpointing:
+            # transformers 5.23 renamed the method; 5.17 knows the old name alone.
+            new_name = "activation_checkpointing_enable"
+            getattr(self.model, new_name if hasattr(self.model, new_name) else "gradient_checkpointing_enable")()
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def check_packed_forward(policy: Policy, groups: list[Group]) -> None:
+    """Compare one packed group with the model's own forward, one answer at a time, and stop if they differ.
+
+    This is what turns an architecture that packs do not fit (another mask, another head) into a message instead of a
+    silent wrong answer. It costs one short forward a start.
+
+    Raises:
+        UserError: a log-prob differs by more than the dtype's noise.
+    """
+    group = min(groups, key=lambda g: (not len(g.prompt_ids), g.num_tokens))
+    packed = policy.score(pack([group]))
+    policy.model.set_attn_implementation("sdpa")
+    try:
+        plain = torch.cat([_plain_logps(policy, group, answer) for answer in group.answers])
+    finally:
+        use_packed_attention(policy.model)
+    error = (packed - plain).abs().max().item()
+    noise = 2e-3 if policy.compute_dtype is torch.float32 else 0.5
+    if not error <= noise:
+        raise UserError(
+            f"{type(policy.model).__name__} gives other log-probs in a shared-prompt pack than alone (row "
+            f"{group.row}: {error:.2g} nats apart, expected at most {noise:g}); its attention or its head is not "
+            "supported yet"
+        )
+
+
+def _plain_logps(policy: Policy, group: Group, answer: np.ndarray) -> Tensor:
+    """Log-probs of one answer's scored tokens by the model's own forward and torch's log_softmax."""
+    ids = torch.from_numpy(np.concatenate([group.prompt_ids, answer]).astype(np.int64)).to(policy.device)
+    with policy.autocast():
+        logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    logps = logits.float().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    return logps[-len(answer) :].cpu()
+
+
+def warn_if_weights_cannot_move(config: ModelConfig, learning_rate: float) -> None:
+    """At DPO's learning rates a plain optimizer step rounds to nothing on most bfloat16 weights; say so."""
+    if config.dtype == "bfloat16":
+        warnings.warn(
+            f"--dtype bfloat16 trains bfloat16 weights without a master copy: at learning rate {learning_rate:g} most "
+            "updates round to zero. --dtype float32 with --bf16 true keeps fp32 weights at the speed of bfloat16.",
+            stacklevel=2,
+        )

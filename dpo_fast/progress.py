@@ -1,0 +1,62 @@
+"""What a run shows in the terminal: a live line where there is one, plain lines where output goes to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """`loss 0.6931  accuracy 0.50  margin +0.0000  412 tokens/s`, from the names of `metrics.jsonl`."""
+    if not metrics:
+        return ""
+    prefix = "eval_" if "eval_loss" in metrics else ""
+    parts = [
+        f"{prefix}loss {metrics[prefix + 'loss']:.4f}",
+        f"accuracy {metrics[prefix + 'rewards/accuracies']:.2f}",
+        f"margin {metrics[prefix + 'rewards/margins']:+.4f}",
+    ]
+    if "tokens_per_second" in metrics:
+        parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
+    return "  ".join(parts)
+
+
+class ProgressLine:
+    """One task's bar; see `progress_line`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.task_ids[0]
+
+    def advance(self, amount: int = 1) -> None:
+        """Move on by `amount`."""
+        self._progress.advance(self._task, amount)
+
+    def report(self, label: str, metrics: dict[str, float]) -> None:
+        """Show figures beside the bar, or print them as a line where there is no terminal."""
+        text = format_metrics(metrics)
+        self._progress.update(self._task, figures=text)
+        if not self._progress.console.is_terminal:
+            self._progress.console.print(f"{label}  {text}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_line(console: Console, description: str, total: int, completed: int = 0) -> Iterator[ProgressLine]:
+    """A bar of `total` items with the time left, drawn only on a terminal."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    progress.add_task(description, total=total, completed=completed, figures="")
+    with progress:
+        yield ProgressLine(progress)

@@ -1,0 +1,462 @@
+"""The training loop: rows -> groups -> reference scores -> steps -> checkpoints -> final model.
+
+One optimizer step takes `per_device_train_batch_size x gradient_accumulation_steps` pairs, lays them out in as few
+packs as the token budget allows, and divides every pack's summed loss by the step's number of pairs: how a step is
+cut into packs changes neither loss nor gradient. The reference is scored before the first step and then gone.
+
+`train` prepares a run and `Trainer.run` is the loop; the helpers follow in the order in which the loop meets them.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dpo_fast.batch import Group, PackedBatch, pack, pair_logps
+from dpo_fast.checkpoint import load_state, resolve_resume, save_checkpoint, save_state, write_folder_atomically
+from dpo_fast.config import DPOConfig, TrainingError, UserError
+from dpo_fast.data import StepSampler, best_fit_decreasing, load_groups
+from dpo_fast.losses import LOSSES, PairLogps
+from dpo_fast.metrics import MetricsFile, PairAverage, pair_metrics, peak_memory_gib, read_metrics
+from dpo_fast.model import Policy, load_tokenizer, warn_if_weights_cannot_move
+from dpo_fast.optim import make_optimizer, make_schedule
+from dpo_fast.progress import ProgressLine, progress_line
+from dpo_fast.score import AnswerLogps, reference_logps, token_budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "training_state.pt"
+FINAL_FOLDER = "final"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        model_dir: Hugging Face folder of the trained model; None after a dry run or a stop by a signal.
+        metrics: rows of `metrics.jsonl`.
+        step: optimizer steps done.
+    """
+
+    model_dir: Path | None
+    metrics: list[dict[str, Any]]
+    step: int
+
+
+def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
+    """Train `config.model` on `config.data` and write `config.output_dir`.
+
+    Raises:
+        UserError: a mistake in the settings or the data; nothing was trained.
+        TrainingError: the run stopped itself; its last checkpoint is good.
+    """
+    console = console or Console()
+    check_config(config)
+    output_dir = Path(config.output_dir)
+    checkpoint = resolve_resume(config.resume, output_dir)
+    refuse_to_overwrite(config, output_dir)
+
+    tokenizer = load_tokenizer(config.model, config.chat_template)
+    groups, eval_groups = load_splits(config, tokenizer, console)
+    max_tokens = token_budget(config, groups + eval_groups, config.per_device_train_batch_size)
+
+    def make_sampler() -> StepSampler:
+        return StepSampler(
+            [group.num_tokens for group in groups],
+            groups_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            max_tokens=max_tokens,
+            seed=config.seed,
+        )
+
+    sampler = make_sampler()
+    num_steps = config.max_steps
+    if num_steps < 0:
+        num_steps = math.ceil(config.num_train_epochs * sampler.steps_per_epoch)
+    print_plan(console, config, groups, eval_groups, num_steps, max_tokens)
+    if config.dry_run:
+        return TrainResult(None, [], 0)
+
+    torch.manual_seed(config.seed)
+    policy = Policy.load(config, str(checkpoint) if checkpoint else None)
+    state = load_state(checkpoint / STATE_FILE) if checkpoint else None
+    # The packs of the first epoch hold every group that the run will read, in the layout of its first steps: scored in
+    # them, the reference equals the untrained policy bit for bit.
+    first_packs = [packed for step in islice(make_sampler(), min(num_steps, sampler.steps_per_epoch)) for packed in step]
+    eval_packs = best_fit_decreasing([group.num_tokens for group in eval_groups], max_tokens)
+    references, fingerprint = reference_logps(
+        config,
+        groups + eval_groups,
+        packs=first_packs + [[len(groups) + i for i in packed] for packed in eval_packs],
+        policy=None if checkpoint or config.ref_model else policy,
+        fingerprint=state["reference"] if state else None,
+        console=console,
+    )
+
+    policy.set_trainable(gradient_checkpointing=config.gradient_checkpointing)
+    trainer = Trainer(config, policy, tokenizer, sampler, num_steps, fingerprint, console)
+    trainer.train_set = PairSet(groups, references[: len(groups)])
+    trainer.eval_set = PairSet(eval_groups, references[len(groups) :])
+    trainer.eval_packs = eval_packs
+    if state:
+        trainer.load_state_dict(state)
+        console.print(f"resumed from {checkpoint} at step {trainer.step}", highlight=False)
+    start_output(config, output_dir, trainer.step)
+    return trainer.run()
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Groups with the reference's log-probs of their answers."""
+
+    groups: list[Group]
+    references: list[AnswerLogps]
+
+    def pack(self, indices: Sequence[int]) -> PackedBatch:
+        """The pack of these groups."""
+        return pack([self.groups[i] for i in indices], [self.references[i] for i in indices])
+
+
+class Trainer:
+    """A prepared run; `run` trains to the end."""
+
+    train_set: PairSet
+    eval_set: PairSet
+    eval_packs: list[list[int]]
+
+    def __init__(
+        self,
+        config: DPOConfig,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        sampler: StepSampler,
+        num_steps: int,
+        reference_fingerprint: str,
+        console: Console,
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.sampler = sampler
+        self.num_steps = num_steps
+        self.reference_fingerprint = reference_fingerprint
+        self.console = console
+        self.output_dir = Path(config.output_dir)
+        self.optimizer = make_optimizer(policy.model, config)
+        self.schedule = make_schedule(self.optimizer, config, num_steps)
+        self.step = 0
+        self.watch = FiniteWatch()
+        self.window = Window()
+
+    def run(self) -> TrainResult:
+        """Steps until the last one or a signal, then the final model."""
+        config = self.config
+        self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE, keep_up_to_step=self.step)
+        with stop_signals() as stop, progress_line(self.console, "training", self.num_steps, self.step) as line:
+            while self.step < self.num_steps and not stop.is_set():
+                grad_norm = self.train_step()
+                line.advance()
+                last = self.step == self.num_steps
+                if last or self.step == 1 or is_due(self.step, config.logging_steps):
+                    self.log(self.window.read() | {"grad_norm": grad_norm.item()}, line)
+                    self.window = Window()
+                with self.window.paused():
+                    if self.eval_set.groups and (last or is_due(self.step, config.eval_steps)):
+                        self.log(self.evaluate(), line)
+                    if is_due(self.step, config.save_steps) or (stop.is_set() and not last):
+                        self.watch.check()
+                        save_checkpoint(self.output_dir, self.step, self.write_checkpoint, keep=config.save_total_limit)
+        self.metrics_file.close()
+        model_dir = None
+        if self.step < self.num_steps:
+            self.console.print(f"stopped by a signal after step {self.step}; go on with --resume auto", highlight=False)
+        else:
+            self.watch.check()
+            model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_model)
+            self.console.print(f"trained model: {model_dir}", highlight=False)
+        return TrainResult(model_dir, read_metrics(self.output_dir / METRICS_FILE), self.step)
+
+    def train_step(self) -> Tensor:
+        """One optimizer step; returns the gradient's norm before clipping."""
+        packs = next(self.sampler)
+        groups = [self.train_set.groups[i] for packed in packs for i in packed]
+        num_pairs = sum(len(group.pairs) for group in groups)
+        average = PairAverage()
+        for packed in packs:
+            batch = self.train_set.pack(packed)
+            metrics = backward(self.policy, batch, self.config, num_pairs)
+            average.add(metrics)
+            self.watch.add(self.step + 1, batch.pair_rows, metrics[0].isfinite())
+            self.window.add(batch, metrics)
+        if self.step == 0 and self.config.ref_model is None:
+            check_first_step(average.read(), groups, self.config, self.policy)
+        max_norm = self.config.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), max_norm)
+        self.watch.add(self.step + 1, [group.row for group in groups], grad_norm.isfinite())
+        if self.policy.device.type == "cpu":
+            self.watch.check()
+        self.optimizer.step()
+        self.window.learning_rate = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return grad_norm
+
+    def log(self, row: dict[str, float], line: ProgressLine) -> None:
+        """Write a row of metrics and show it."""
+        self.watch.check()
+        place = {"epoch": self.step / self.sampler.steps_per_epoch, "step": self.step}
+        self.metrics_file.write(row | {"peak_memory_gib": peak_memory_gib(self.policy.device)} | place)
+        line.report(f"step {self.step}/{self.num_steps}", row)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and rewards on the held-out pairs, under names that begin with `eval_`."""
+        average = PairAverage()
+        for packed in self.eval_packs:
+            average.add(loss_and_metrics(self.policy, self.eval_set.pack(packed), self.config)[1])
+        return {f"eval_{name}": value for name, value in average.read().items()}
+
+    def write_model(self, folder: Path) -> None:
+        """Write the Hugging Face folder."""
+        self.policy.save(folder, self.tokenizer)
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """Write the Hugging Face folder and what it takes to go on."""
+        self.write_model(folder)
+        save_state(folder / STATE_FILE, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "reference": self.reference_fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        try:
+            self.sampler.load_state_dict(state["sampler"])
+        except ValueError as error:
+            raise UserError(f"--resume: the checkpoint belongs to another run: {error}") from error
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"])
+
+
+def check_config(config: DPOConfig) -> None:
+    """Refuse values that no run can have."""
+    if not config.data:
+        raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
+    if config.loss_type not in LOSSES:
+        raise UserError(f"--loss_type {config.loss_type}: unknown; choose one of {', '.join(sorted(LOSSES))}")
+    if config.loss_type == "robust" and not 0 <= config.label_smoothing < 0.5:
+        raise UserError(f"--label_smoothing {config.label_smoothing}: the robust loss needs a value in [0, 0.5)")
+    for name in ("beta", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
+    if not 0 <= config.eval_split < 1:
+        raise UserError(f"--eval_split {config.eval_split}: expected a share of the rows, at least 0 and below 1")
+    warn_if_weights_cannot_move(config, config.learning_rate)
+
+
+def refuse_to_overwrite(config: DPOConfig, output_dir: Path) -> None:
+    """A folder that holds a run is gone on with or, on request, started anew; never mixed."""
+    if (output_dir / METRICS_FILE).exists() and config.resume is None and not (config.overwrite or config.dry_run):
+        raise UserError(
+            f"--output_dir {output_dir} holds a run: go on with it by --resume auto, start anew by --overwrite true, "
+            "or choose another folder"
+        )
+
+
+def load_splits(
+    config: DPOConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> tuple[list[Group], list[Group]]:
+    """Groups to train on and groups to evaluate on; a prompt is never on both sides of `eval_split`."""
+    groups, report = load_groups(config, tokenizer)
+    console.print(report.render(), highlight=False, markup=False)
+    if config.eval_data:
+        eval_config = DPOConfig(**asdict(config) | {"data": config.eval_data, "max_rows": None})
+        eval_groups, eval_report = load_groups(eval_config, tokenizer)
+        console.print(eval_report.render(), highlight=False, markup=False)
+        return groups, eval_groups
+    prompts = {group.prompt_ids.tobytes(): i for i, group in enumerate(groups)}
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    num_held_out = round(config.eval_split * len(prompts))
+    held_out = {prompt for rank, prompt in zip(order, prompts, strict=True) if rank < num_held_out}
+    if held_out and len(held_out) == len(prompts):
+        raise UserError(f"--eval_split {config.eval_split}: no row is left to train on")
+    train_groups = [group for group in groups if group.prompt_ids.tobytes() not in held_out]
+    return train_groups, [group for group in groups if group.prompt_ids.tobytes() in held_out]
+
+
+def print_plan(
+    console: Console,
+    config: DPOConfig,
+    groups: list[Group],
+    eval_groups: list[Group],
+    num_steps: int,
+    max_tokens: int,
+) -> None:
+    """What is about to run, in two lines."""
+    pairs_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    shared = sum(group.num_tokens for group in groups)
+    unshared = sum(group.num_unshared_tokens for group in groups)
+    console.print(
+        f"{len(groups)} groups to train on, {len(eval_groups)} held out; {num_steps} steps of {pairs_per_step} pairs, "
+        f"packs of up to {max_tokens} tokens\nprompt sharing: {unshared / shared:.2f}x fewer tokens",
+        highlight=False,
+    )
+
+
+def start_output(config: DPOConfig, output_dir: Path, step: int) -> None:
+    """Make the run's folder and write its settings; a run that starts anew clears the old one's metrics."""
+    import yaml
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if step == 0:
+        (output_dir / METRICS_FILE).unlink(missing_ok=True)
+    (output_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def loss_and_metrics(policy: Policy, batch: PackedBatch, config: DPOConfig) -> tuple[Tensor, Tensor]:
+    """A pack's summed loss, and its metrics as (len(PAIR_METRICS), P)."""
+    batch = batch.to(policy.device)
+    pairs = pair_logps(batch, policy.token_logps(batch))
+    losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
+    return losses.sum(), pair_metrics(pairs, losses, config.beta)
+
+
+def backward(policy: Policy, batch: PackedBatch, config: DPOConfig, num_pairs: int) -> Tensor:
+    """Add a pack's share of the gradient of the mean loss over a step of `num_pairs` pairs; returns its metrics."""
+    loss, metrics = loss_and_metrics(policy, batch, config)
+    (loss / num_pairs).backward()
+    return metrics
+
+
+def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPOConfig, policy: Policy) -> None:
+    """At step 0 the policy is the reference: margins are 0 and the sigmoid loss is ln 2.
+
+    Scored in the same packs the two agree bit for bit. Log-probs found in the store may have been scored in other
+    packs and differ by rounding, at most `noise` nats an answer; anything above means stale or foreign scores.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    zero = torch.zeros(1)
+    longest = max(len(answer) for group in groups for answer in group.answers)
+    at_reference = PairLogps(zero, zero, zero, zero, zero + 1, zero + 1)
+    expected = LOSSES[config.loss_type](at_reference, config.beta, config.label_smoothing).item()
+    noise = (1e-5 if policy.compute_dtype is torch.float32 else 5e-2) * math.sqrt(longest)
+    slope = 1.0 if config.loss_type != "ipo" else 1 / config.beta**2
+    loss_error = abs(metrics["loss"] - expected)
+    margin_error = abs(metrics["rewards/margins"])
+    if not (loss_error <= 1e-6 + slope * config.beta * noise and margin_error <= config.beta * noise):
+        raise TrainingError(
+            f"step 0 is not at the reference: loss {metrics['loss']:.7f} (expected {expected:.7f}), margin "
+            f"{metrics['rewards/margins']:.2e} (expected 0). The stored reference log-probs belong to other weights or "
+            "rows, or the model's forward is not deterministic. Nothing was trained. If --model was changed in place, "
+            "remove the file that --reference_store names and run again"
+        )
+
+
+class FiniteWatch:
+    """Collects flags on the device and reads them only when asked, so that a step need not wait for them."""
+
+    def __init__(self) -> None:
+        self._flags: list[tuple[int, Sequence[int], Tensor]] = []
+
+    def add(self, step: int, rows: Sequence[int], finite: Tensor) -> None:
+        """`finite`: one flag per row, or one for all of them (the gradient)."""
+        self._flags.append((step, rows, finite))
+
+    def check(self) -> None:
+        """Raise a TrainingError that names the first bad step and its rows."""
+        flags, self._flags = self._flags, []
+        for step, rows, finite in flags:
+            if bool(finite.all()):
+                continue
+            what = "gradient" if finite.ndim == 0 else "loss"
+            bad = list(rows) if finite.ndim == 0 else [r for r, ok in zip(rows, finite.tolist(), strict=True) if not ok]
+            raise TrainingError(
+                f"the {what} of step {step} is not finite (data rows, from 0: {', '.join(map(str, bad))}). Nothing was "
+                "saved after it; look at these rows, lower --learning_rate, or go on from the last checkpoint with "
+                "--resume auto"
+            )
+
+
+class Window:
+    """Figures between two reports: means over pairs, and speeds over the time spent on steps."""
+
+    def __init__(self) -> None:
+        self.learning_rate = 0.0
+        self._average = PairAverage()
+        self._tokens = self._pairs = 0
+        self._start = time.perf_counter()
+
+    def add(self, batch: PackedBatch, metrics: Tensor) -> None:
+        """Count a pack."""
+        self._average.add(metrics)
+        self._tokens += batch.num_tokens
+        self._pairs += batch.num_pairs
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Means, speeds and the learning rate. Waits for the device."""
+        means = self._average.read()
+        seconds = time.perf_counter() - self._start
+        return means | {
+            "learning_rate": self.learning_rate,
+            "tokens_per_second": self._tokens / seconds,
+            "pairs_per_second": self._pairs / seconds,
+        }
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one; None and 0 mean never."""
+    return bool(every) and step % every == 0  # type: ignore[operator]
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and the first Ctrl-C set, so that a run ends after its step with a checkpoint."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
