@@ -1,1 +1,48 @@
-"""Preference training at the speed of the bare matrix products."""
+"""Preference training at the speed of the bare matrix products.
+
+`import dpo_fast` is light: names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo_fast.config import DPOConfig
+    from dpo_fast.kernels.linear_logprob import linear_logprob
+    from dpo_fast.kernels.logprob import logprob, sequence_logprob
+    from dpo_fast.kernels.segment_sum import segment_mean, segment_sum
+    from dpo_fast.trainer import TrainResult, train
+
+__all__ = [
+    "DPOConfig",
+    "TrainResult",
+    "linear_logprob",
+    "logprob",
+    "segment_mean",
+    "segment_sum",
+    "sequence_logprob",
+    "train",
+]
+
+_HOME = {
+    "DPOConfig": "config",
+    "TrainResult": "trainer",
+    "linear_logprob": "kernels.linear_logprob",
+    "logprob": "kernels.logprob",
+    "segment_mean": "kernels.segment_sum",
+    "segment_sum": "kernels.segment_sum",
+    "sequence_logprob": "kernels.logprob",
+    "train": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpo_fast' has no attribute {name!r}")
+    return getattr(import_module(f"dpo_fast.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_train(config: DPOConfig) -> None:
     """`dpo-fast train`."""
-    from dpo_fast.train import train
+    from dpo_fast.trainer import train
 
     train(config)
 
