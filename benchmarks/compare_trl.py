@@ -1,0 +1,192 @@
+"""The same rows, batch and precision through dpo-fast and TRL, side by side on one machine.
+
+    python benchmarks/compare_trl.py --model FOLDER --data rows.jsonl --steps 4 --out benchmarks/results/NAME.json
+
+Every contestant is a process of its own (so that peak memory is its own) and the contestants take turns. A figure is
+pairs trained over the seconds from the first call of the library to the last step: model loading, tokenization and
+reference scoring are counted for all, imports for none. What is compared is checked first: the losses of the first
+step must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {"max_length": 512, "learning_rate": 1e-6, "beta": 0.1, "seed": 42, "lr_scheduler_type": "linear"}
+CONTESTANTS = {
+    "dpo-fast": {},
+    "trl-tuned": {"precompute_ref_log_probs": True, "gradient_checkpointing": False},
+    "trl-default": {},
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contestant trains on."""
+
+    model: str
+    data: str
+    steps: int
+    pairs_per_micro_batch: int
+    accumulation: int
+
+    def settings(self, output_dir: str) -> dict[str, Any]:
+        """Arguments that TRL's DPOConfig and ours share."""
+        return SETTINGS | {
+            "output_dir": output_dir,
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.pairs_per_micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "logging_steps": 1,
+            "bf16": False,
+        }
+
+
+def run_dpo_fast(task: Task, scratch: str) -> dict[str, Any]:
+    """Our trainer, with an empty reference store."""
+    from dpo_fast.config import DPOConfig
+    from dpo_fast.trainer import train
+
+    config = DPOConfig(
+        model=task.model,
+        data=task.data,
+        reference_store=f"{scratch}/reference.sqlite",
+        save_steps=0,
+        **task.settings(f"{scratch}/run"),
+    )
+    start = time.perf_counter()
+    result = train(config)
+    return {"seconds": time.perf_counter() - start, "losses": [row["loss"] for row in result.metrics]}
+
+
+def run_trl(task: Task, scratch: str, options: dict[str, Any]) -> dict[str, Any]:
+    """TRL's trainer; `options` are what the contestant changes from TRL's defaults."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        **task.settings(f"{scratch}/run"), **options, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    dataset = load_dataset("json", data_files=task.data, split="train", cache_dir=f"{scratch}/cache")
+    start = time.perf_counter()
+    trainer = DPOTrainer(
+        task.model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(task.model),
+    )
+    trainer.train()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
+
+
+def contest(name: str, task: Task) -> dict[str, Any]:
+    """Run one contestant in this process."""
+    import torch
+
+    from dpo_fast.metrics import peak_memory_gib
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if name == "dpo-fast":
+            result = run_dpo_fast(task, scratch)
+        else:
+            result = run_trl(task, scratch, CONTESTANTS[name])
+    pairs = task.steps * task.pairs_per_micro_batch * task.accumulation
+    return result | {
+        "pairs_per_second": pairs / result["seconds"],
+        "peak_memory_gib": peak_memory_gib(torch.device("cpu")),
+    }
+
+
+def take_turns(task: Task, names: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Each contestant `rounds` times, in turn, each time in a fresh process."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names:
+            command = [sys.executable, __file__, "--contestant", name, "--task", json.dumps(task.__dict__)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {turn + 1} {name}: {results[name][-1]}", file=sys.stderr)
+    return results
+
+
+def check_agreement(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Refuse figures of contestants that did not compute the same: the loss of step 1 is ln 2 for all."""
+    first = {name: runs[0]["losses"][0] for name, runs in results.items()}
+    if max(first.values()) - min(first.values()) > 1e-3:
+        sys.exit(f"the losses of the first step differ, no figure is worth printing: {first}")
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: medians over rounds, and the ratio to ours."""
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(run[key] for run in results[name])
+
+    lines = ["| | pairs/s | dpo-fast is | peak memory, GiB |", "|---|---|---|---|"]
+    ours = median("dpo-fast", "pairs_per_second")
+    for name in results:
+        speed = median(name, "pairs_per_second")
+        lines.append(f"| {name} | {speed:.3f} | {ours / speed:.2f}x | {median(name, 'peak_memory_gib'):.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint folder; benchmarks/smollm2.py makes one")
+    parser.add_argument("--data", help=".jsonl with prompt, chosen, rejected; its first rows are used")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of an optimizer step")
+    parser.add_argument("--micro", type=int, default=2, help="pairs of a micro-batch")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--names", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
+    parser.add_argument("--out", help="JSON file for the results")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contestant:
+        print(json.dumps(contest(arguments.contestant, Task(**json.loads(arguments.task)))))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(arguments.data).read_text().splitlines()[: arguments.steps * arguments.pairs]
+        data = Path(scratch) / "rows.jsonl"
+        data.write_text("\n".join(rows) + "\n")
+        task = Task(
+            arguments.model, str(data), arguments.steps, arguments.micro, arguments.pairs // arguments.micro
+        )
+        results = take_turns(task, arguments.names, arguments.rounds)
+    check_agreement(results)
+    print(table(results))
+    if arguments.out:
+        packages = ("torch", "transformers", "trl", "dpo-fast")
+        record = {
+            "command": "python benchmarks/compare_trl.py " + " ".join(sys.argv[1:]),
+            "machine": {"processor": platform.processor() or platform.machine(), "cores": _cores()},
+            "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+            "settings": SETTINGS | {"steps": arguments.steps, "pairs": arguments.pairs, "micro": arguments.micro},
+            "results": results,
+        }
+        Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cores() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+if __name__ == "__main__":
+    main()

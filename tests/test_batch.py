@@ -1,0 +1,53 @@
+"""The packed layout, by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_fast.batch import Group, pack, pair_logps
+
+
+def ids(*values):
+    return np.array(values, dtype=np.int32)
+
+
+def test_layout_of_the_module_docstring():
+    first = Group(0, ids(10, 11, 12, 13), (ids(20, 21, 22), ids(30, 31)))
+    second = Group(7, ids(40, 41, 42), (ids(50, 51), ids(60, 61, 62)))
+    batch = pack([first, second])
+    assert batch.input_ids.tolist() == [10, 11, 12, 13, 20, 21, 22, 30, 31, 40, 41, 42, 50, 51, 60, 61, 62]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 2, 3, 4, 3, 4, 5]
+    assert batch.cu_seqlens_q.tolist() == [0, 4, 7, 9, 12, 14, 17]
+    assert batch.cu_seqlens_k.tolist() == [0, 4, 11, 17, 20, 25, 31]
+    assert batch.kv_index[11:17].tolist() == [0, 1, 2, 3, 7, 8]
+    assert batch.hidden_index.tolist() == [3, 4, 5, 3, 7, 11, 12, 11, 14, 15]
+    assert batch.targets.tolist() == [20, 21, 22, 30, 31, 50, 51, 60, 61, 62]
+    assert batch.cu_answers.tolist() == [0, 3, 5, 7, 10]
+    assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 2], [1, 3])
+    assert batch.pair_rows == (0, 7)
+    assert (first.num_tokens, first.num_unshared_tokens) == (9, 13)
+
+
+def test_an_answer_without_a_prompt_does_not_score_its_first_token():
+    batch = pack([Group(0, ids(), (ids(5, 6), ids(7)))])
+    assert batch.targets.tolist() == [6]
+    assert batch.hidden_index.tolist() == [0]
+    assert batch.cu_answers.tolist() == [0, 1, 1]
+    assert batch.cu_seqlens_q.tolist() == batch.cu_seqlens_k.tolist() == [0, 2, 3]
+
+
+def test_pairs_of_a_larger_group_share_their_answers():
+    group = Group(3, ids(1), (ids(2), ids(3), ids(4)), pairs=((2, 0), (0, 1)))
+    reference = [tuple(np.array([v], dtype=np.float32) for v in (-1.0, -2.0, -3.0))]
+    batch = pack([group], reference)
+    pairs = pair_logps(batch, torch.tensor([-0.5, -0.25, -0.125]))
+    assert pairs.chosen.tolist() == [-0.125, -0.5]
+    assert pairs.rejected.tolist() == [-0.5, -0.25]
+    assert pairs.ref_chosen.tolist() == [-3.0, -1.0]
+    assert batch.pair_rows == (3, 3)
+
+
+def test_reference_of_another_length_is_refused():
+    group = Group(0, ids(1), (ids(2, 3), ids(4)))
+    with pytest.raises(AssertionError, match="one reference log-prob"):
+        pack([group], [(np.zeros(1, np.float32), np.zeros(1, np.float32))])

@@ -1,0 +1,179 @@
+"""Packs against the plain model: log-probs, gradients, and independence of a group from its neighbours."""
+
+import copy
+
+import pytest
+import torch
+from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
+
+from dpo_fast.batch import pack, pair_logps
+from dpo_fast.config import DPOConfig, ModelConfig, UserError
+from dpo_fast.losses import LOSSES
+from dpo_fast.model import Policy, check_packed_forward, load_tokenizer, use_packed_attention
+from dpo_fast.trainer import PairSet, backward
+
+BETA = 0.3
+
+
+def as_policy(model):
+    use_packed_attention(model)
+    return Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
+
+
+def reference_set(groups, reference):
+    """The groups with per-token log-probs of `reference`, from packs of one group each."""
+    policy = as_policy(copy.deepcopy(reference))
+    scores = []
+    for group in groups:
+        batch = pack([group])
+        scores.append(tuple(x.numpy() for x in policy.score(batch).split(batch.answer_lengths.tolist())))
+    return PairSet(groups, scores)
+
+
+@pytest.mark.parametrize("num_answers", [2, 3])
+def test_packed_log_probs_are_those_of_the_padded_model_in_fp64(num_answers):
+    groups = random_groups(6, num_answers=num_answers)
+    model = tiny_llama(dtype=torch.float64)
+    with torch.no_grad():
+        want = torch.stack([padded_sequence_logps(model, groups, a) for a in range(num_answers)], 1)
+        policy = as_policy(model)
+        batch = pack(groups)
+        sums = policy.token_logps(batch).split(batch.answer_lengths.tolist())
+    got = torch.stack([s.sum() for s in sums]).view_as(want)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+def test_packed_gradient_is_that_of_padded_dpo_in_fp64():
+    """The whole step in fp64, references included: every parameter's gradient to 1e-9."""
+    groups = random_groups(7, seed=1)
+    reference = tiny_llama(seed=0, dtype=torch.float64)
+    plain = tiny_llama(seed=3, dtype=torch.float64)
+    packed = copy.deepcopy(plain)
+    loss = padded_dpo_loss(plain, reference, groups, BETA)
+    loss.backward()
+
+    policy = as_policy(packed)
+    scorer = as_policy(reference)
+    total = 0.0
+    for part in (groups[:3], groups[3:]):
+        batch = pack(part)
+        pairs = pair_logps(batch_with_fp64_reference(batch, scorer), policy.token_logps(batch))
+        share = LOSSES["sigmoid"](pairs, BETA, 0.0).sum() / len(groups)
+        share.backward()
+        total += share.item()
+    assert total == pytest.approx(loss.item(), abs=1e-12)
+    for (name, want), got in zip(plain.named_parameters(), packed.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def batch_with_fp64_reference(batch, scorer):
+    from dataclasses import replace
+
+    return replace(batch, ref_logps=scorer.score(batch))
+
+
+def test_a_group_does_not_depend_on_its_neighbours():
+    """Poison the neighbours: token 2's embedding is NaN and lies in every group but the one that is looked at."""
+    groups = random_groups(5, seed=2)
+    groups = [g for g in groups if not any((a == 2).any() for a in (g.prompt_ids, *g.answers))]
+    policy = as_policy(tiny_llama())
+    alone = policy.score(pack(groups[:1]))
+    for neighbour in groups[1:]:
+        neighbour.answers[0][-1] = 2
+        neighbour.prompt_ids[0] = 2
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight[2] = torch.nan
+        head = copy.deepcopy(policy.model.get_input_embeddings().weight)
+        head[2] = 0
+        policy.model.lm_head.weight = torch.nn.Parameter(head)
+        clean = as_policy(copy.deepcopy(policy.model))
+    batch = pack([groups[1], groups[0], groups[2]])
+    scores = clean.score(batch).split(batch.answer_lengths.tolist())
+    assert torch.isnan(scores[0]).any()
+    own = torch.cat(scores[2:4])
+    assert torch.isfinite(own).all()
+    torch.testing.assert_close(own, clean.score(pack(groups[:1])), rtol=0, atol=1e-5)
+    assert alone.shape == own.shape
+
+
+def test_gradient_accumulation_divides_by_the_pairs_of_the_step():
+    groups = random_groups(8, seed=4)
+    start = tiny_llama(seed=5)
+    pairs = reference_set(groups, tiny_llama(seed=6))
+    config = DPOConfig(beta=BETA)
+    grads = []
+    for packs in ([list(range(8))], [[i] for i in range(8)], [[7, 2, 1], [0, 3, 4, 5, 6]]):
+        policy = as_policy(copy.deepcopy(start))
+        metrics = [backward(policy, pairs.pack(packed), config, num_pairs=8) for packed in packs]
+        loss = torch.cat(metrics, 1)[0].mean().item()
+        grads.append((loss, [p.grad for p in policy.model.parameters()]))
+    for loss, grad in grads[1:]:
+        assert loss == pytest.approx(grads[0][0], abs=1e-6)
+        for got, want in zip(grad, grads[0][1], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    groups = random_groups(3, seed=4)
+    pairs = reference_set(groups, tiny_llama(seed=6))
+    grads = []
+    for checkpointing in (False, True):
+        policy = as_policy(tiny_llama(seed=5))
+        policy.set_trainable(gradient_checkpointing=checkpointing)
+        backward(policy, pairs.pack([0, 1, 2]), DPOConfig(), num_pairs=3)
+        grads.append([p.grad for p in policy.model.parameters()])
+    for got, want in zip(*grads, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_bf16_autocast_stays_near_fp32():
+    groups = random_groups(4, seed=7)
+    model = tiny_llama()
+    use_packed_attention(model)
+    exact = as_policy(model).score(pack(groups))
+    half = Policy(model, device=torch.device("cpu"), bf16=True, memory_budget=2**30)
+    error = (half.score(pack(groups)) - exact).abs().max().item()
+    assert 0 < error < 0.5
+    assert half.numerics != as_policy(model).numerics
+
+
+def test_an_architecture_that_packs_do_not_fit_is_refused(monkeypatch):
+    """A model whose own forward differs (here: its positions are scaled) must stop the run, not train on nonsense."""
+    policy = as_policy(tiny_llama())
+    groups = random_groups(3, seed=8)
+    check_packed_forward(policy, groups)
+    decoder = policy.model.get_decoder()
+    plain_forward = decoder.forward
+
+    def forward(*args, packed_layout=None, position_ids=None, **kwargs):
+        if packed_layout is not None:
+            position_ids = position_ids // 2
+        return plain_forward(*args, packed_layout=packed_layout, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    with pytest.raises(UserError, match="not supported yet"):
+        check_packed_forward(policy, groups)
+
+
+def test_a_plain_batch_on_a_packed_model_is_refused():
+    policy = as_policy(tiny_llama())
+    with pytest.raises(ValueError, match="set to read packs"):
+        policy.model(input_ids=torch.tensor([[2, 3]]))
+
+
+def test_loading_errors_name_the_option_and_the_cure(tmp_path):
+    with pytest.raises(UserError, match="no model given"):
+        load_tokenizer("")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="no such file"):
+        Policy.load(ModelConfig(model=str(tmp_path / "missing.gguf")))
+
+
+def test_saved_model_loads_and_agrees(tmp_path):
+    folder = save_tiny_checkpoint(tmp_path / "base")
+    policy = Policy.load(ModelConfig(model=str(folder)))
+    policy.save(tmp_path / "copy", load_tokenizer(str(folder)))
+    again = Policy.load(ModelConfig(model=str(tmp_path / "copy")))
+    batch = pack(random_groups(2))
+    assert torch.equal(policy.score(batch), again.score(batch))

@@ -1,0 +1,268 @@
+"""The loop end to end on a tiny model: step 0, resume, stops, files."""
+
+import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from oracle import SENTENCES, save_tiny_checkpoint
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from dpo_fast.config import DPOConfig, TrainingError, UserError
+from dpo_fast.metrics import PAIR_METRICS
+from dpo_fast.trainer import train
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    words = " ".join(SENTENCES).split()
+    lines = []
+    for i in range(14):
+        row = {
+            "prompt": " ".join(words[i : i + 1 + i % 5]),
+            "chosen": " " + " ".join(words[i + 5 : i + 7 + i % 3]),
+            "rejected": " " + " ".join(words[i + 9 : i + 10 + i % 6]),
+        }
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def config(base, rows, tmp_path):
+    def make(**changes):
+        settings = {
+            "model": base,
+            "data": rows,
+            "output_dir": str(tmp_path / "run"),
+            "reference_store": str(tmp_path / "reference.sqlite"),
+            "max_length": 64,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_steps": 0,
+            "max_steps": 6,
+        }
+        return DPOConfig(**settings | changes)
+
+    return make
+
+
+def weights(folder):
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+def assert_same_weights(left, right):
+    left, right = weights(left), weights(right)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_run_writes_what_the_contract_promises(config, tmp_path):
+    result = train(config(eval_split=0.2, save_steps=3), console=QUIET)
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows == result.metrics
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    expected = {*PAIR_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second", "peak_memory_gib"}
+    assert expected <= steps[0].keys()
+    (evaluation,) = [row for row in rows if "eval_loss" in row]
+    assert evaluation["step"] == 6
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-3", "checkpoint-6", "config.yaml", "final", "metrics.jsonl"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 1e-3
+    trained = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    assert not torch.equal(trained.lm_head.weight, AutoModelForCausalLM.from_pretrained(config().model).lm_head.weight)
+    assert os.stat(run / "final" / "model.safetensors").st_mode & 0o777 == 0o644
+
+
+def test_step_0_is_exactly_at_the_reference(config):
+    first = train(config(max_steps=1), console=QUIET).metrics[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/margins"] == 0.0
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+
+
+def test_step_0_with_scores_from_other_packs_is_at_the_reference_to_rounding(config):
+    train(config(max_steps=1), console=QUIET)
+    again = train(config(max_steps=1, overwrite=True, seed=7, max_tokens_per_batch=1), console=QUIET).metrics[0]
+    assert again["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert again["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_stale_reference_stops_the_run_before_it_trains(config, tmp_path):
+    """Every stored score is moved by 0.05 nats a token, behind the store's back."""
+    train(config(max_steps=1), console=QUIET)
+    import numpy as np
+
+    with sqlite3.connect(tmp_path / "reference.sqlite") as connection:
+        tables = [name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")]
+        for table in tables:
+            columns = [row[1] for row in connection.execute(f"pragma table_info({table})")]
+            if "logps" in columns:
+                for rowid, blob in connection.execute(f"select rowid, logps from {table}").fetchall():
+                    moved = (np.frombuffer(blob, "<f4") - np.float32(0.05)).tobytes()
+                    connection.execute(f"update {table} set logps = ? where rowid = ?", (moved, rowid))
+    with pytest.raises((TrainingError, UserError), match="stored"):
+        train(config(max_steps=1, overwrite=True), console=QUIET)
+
+
+def test_loss_of_step_0_is_checked(config, monkeypatch):
+    """A forward that is not the reference's (noise in training mode alone) is found at the first step."""
+    from dpo_fast.model import Policy
+
+    exact = Policy.token_logps
+    monkeypatch.setattr(
+        Policy, "token_logps", lambda self, batch: exact(self, batch) + 0.1 * self.model.training * batch.targets
+    )
+    with pytest.raises(TrainingError, match="step 0 is not at the reference"):
+        train(config(), console=QUIET)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_resume_ends_with_the_same_bits(config, optim, tmp_path):
+    settings = {"optim": optim, "save_steps": 3, "warmup_steps": 2, "eval_split": 0.2}
+    whole = train(config(output_dir=str(tmp_path / "whole"), **settings), console=QUIET)
+    train(config(output_dir=str(tmp_path / "cut"), **settings), console=QUIET)
+    # As if the run had died after step 3: what came later is gone, but its metrics are still there.
+    for name in ("checkpoint-6", "final"):
+        (tmp_path / "cut" / name).rename(tmp_path / name)
+    resumed = train(config(output_dir=str(tmp_path / "cut"), resume="auto", **settings), console=QUIET)
+    assert_same_weights(whole.model_dir, resumed.model_dir)
+
+    def figures(result):
+        timed = {"tokens_per_second", "pairs_per_second", "peak_memory_gib"}
+        return [{k: v for k, v in row.items() if k not in timed} for row in result.metrics]
+
+    assert figures(resumed) == figures(whole)
+
+
+def test_resume_scores_nothing_and_loads_no_reference(config, tmp_path, monkeypatch):
+    train(config(save_steps=3), console=QUIET)
+    from dpo_fast.model import Policy
+
+    loaded = []
+    load = Policy.load.__func__
+    monkeypatch.setattr(
+        Policy, "load", classmethod(lambda cls, c, name=None: loaded.append(name) or load(cls, c, name))
+    )
+    train(config(resume=str(tmp_path / "run" / "checkpoint-3")), console=QUIET)
+    assert loaded == [str(tmp_path / "run" / "checkpoint-3")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint(config, number, tmp_path):
+    settings = config(max_steps=100000, output_dir=str(tmp_path / "run"))
+    code = (
+        "import sys, json; from dpo_fast.trainer import train; from dpo_fast.config import DPOConfig;"
+        "result = train(DPOConfig(**json.loads(sys.argv[1]))); print('steps', result.step)"
+    )
+    command = [sys.executable, "-c", code, json.dumps(vars(settings))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert f"steps {checkpoint.name.split('-')[1]}" in output
+    assert "--resume auto" in output
+    done = int(checkpoint.name.split("-")[1])
+    resumed = train(config(max_steps=done + 2, resume="auto"), console=QUIET)
+    assert resumed.step == done + 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(config, monkeypatch, tmp_path):
+    import dpo_fast.losses
+
+    exact = dpo_fast.losses.LOSSES["sigmoid"]
+    calls = []
+
+    def poisoned(pairs, beta, label_smoothing):
+        losses = exact(pairs, beta, label_smoothing)
+        calls.append(1)
+        return losses * torch.where(torch.arange(len(losses)) == 1, torch.nan, 1.0) if len(calls) == 5 else losses
+
+    monkeypatch.setitem(dpo_fast.losses.LOSSES, "sigmoid", poisoned)
+    with pytest.raises(TrainingError, match=r"loss of step 4 is not finite \(data rows, from 0: \d+\)"):
+        train(config(save_steps=1), console=QUIET)
+    names = sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir())
+    assert names == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(config):
+    with pytest.raises(TrainingError, match="gradient of step 1 is not finite"):
+        train(config(beta=3e38, loss_type="ipo"), console=QUIET)
+
+
+def test_micro_batches_and_packs_do_not_change_the_result(config, tmp_path):
+    runs = {
+        "1x8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        "8x1": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+        "tiny packs": {"per_device_train_batch_size": 8, "max_tokens_per_batch": 16},
+    }
+    losses = [
+        [row["loss"] for row in train(config(output_dir=str(tmp_path / name), **settings), console=QUIET).metrics]
+        for name, settings in runs.items()
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_dry_run_reads_the_data_and_stops(config, tmp_path):
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    result = train(config(dry_run=True), console=console)
+    console.file.close()
+    assert result.model_dir is None
+    assert not (tmp_path / "run").exists()
+    assert "fewer tokens" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "pass --data"),
+        ({"loss_type": "sigmoids"}, "choose one of cdpo"),
+        ({"beta": 0.0}, "--beta 0.0"),
+        ({"eval_split": 1.0}, "--eval_split"),
+        ({"lr_scheduler_type": "sideways"}, "--lr_scheduler_type sideways"),
+        ({"resume": "/does/not/exist"}, "/does/not/exist"),
+        ({"max_tokens_per_batch": 0}, "--max_tokens_per_batch 0"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "--label_smoothing"),
+    ],
+)
+def test_mistakes_in_settings_are_named(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(config(**changes), console=QUIET)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(config):
+    train(config(max_steps=1), console=QUIET)
+    with pytest.raises(UserError, match="holds a run"):
+        train(config(max_steps=1), console=QUIET)
+
+
+def test_bf16_weights_without_a_master_warn(config):
+    with pytest.warns(UserWarning, match="most updates round to zero"):
+        train(config(dtype="bfloat16", max_steps=1), console=QUIET)
