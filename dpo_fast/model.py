@@ -162,6 +162,11 @@ class Policy:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
         return f"v{NUMERICS_VERSION} {self.compute_dtype} {PACKED_ATTENTION}"
 
+    @property
+    def noise(self) -> float:
+        """Nats by which rounding alone may move a token's log-prob from one layout to another."""
+        return 2e-3 if self.compute_dtype is torch.float32 else 0.5
+
     def autocast(self) -> torch.autocast:
         """The context that the decoder's body runs in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -235,11 +240,10 @@ def check_packed_forward(policy: Policy, groups: list[Group]) -> None:
     finally:
         use_packed_attention(policy.model)
     error = (packed - plain).abs().max().item()
-    noise = 2e-3 if policy.compute_dtype is torch.float32 else 0.5
-    if not error <= noise:
+    if not error <= policy.noise:
         raise UserError(
             f"{type(policy.model).__name__} gives other log-probs in a shared-prompt pack than alone (row "
-            f"{group.row}: {error:.2g} nats apart, expected at most {noise:g}); its attention or its head is not "
+            f"{group.row}: {error:.2g} nats apart, expected at most {policy.noise:g}); its attention or its head is not "
             "supported yet"
         )
 

@@ -33,7 +33,8 @@ from dpo_fast.metrics import MetricsFile, PairAverage, pair_metrics, peak_memory
 from dpo_fast.model import Policy, load_tokenizer, warn_if_weights_cannot_move
 from dpo_fast.optim import make_optimizer, make_schedule
 from dpo_fast.progress import ProgressLine, progress_line
-from dpo_fast.score import AnswerLogps, reference_logps, token_budget
+from dpo_fast.reference import AnswerLogps
+from dpo_fast.score import reference_logps, token_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,6 +101,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     eval_packs = best_fit_decreasing([group.num_tokens for group in eval_groups], max_tokens)
     references, fingerprint = reference_logps(
         config,
+        config.ref_model or config.model,
         groups + eval_groups,
         packs=first_packs + [[len(groups) + i for i in packed] for packed in eval_packs],
         policy=None if checkpoint or config.ref_model else policy,

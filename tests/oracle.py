@@ -48,7 +48,15 @@ def tiny_llama(vocab_size: int = 320, *, seed: int = 0, dtype: torch.dtype = tor
         eos_token_id=0,
         pad_token_id=1,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config).to(dtype)
+    if dtype is torch.float64:
+        # transformers' RMSNorm rounds to fp32 inside, which would hide errors below 1e-7.
+        for name, module in list(model.named_modules()):
+            if type(module).__name__ == "LlamaRMSNorm":
+                exact = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon, dtype=dtype)
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, exact)
+    return model
 
 
 def save_tiny_checkpoint(folder: Path, *, seed: int = 0) -> Path:

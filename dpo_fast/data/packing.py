@@ -1,0 +1,96 @@
+"""Which groups are trained on together: optimizer steps, and the packs that each step is laid out in."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+
+def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Lay items into as few bins as the best-fit-decreasing rule finds (at most 11/9 of the optimum, plus one).
+
+    Args:
+        lengths: tokens of each item.
+        budget: tokens of a bin; an item above it gets a bin of its own.
+
+    Returns:
+        Indices of each bin's items. The same input gives the same bins.
+    """
+    bins: list[list[int]] = []
+    # Sorted (room left, bin): the first one with enough room is the tightest fit.
+    room: list[tuple[int, int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect_left(room, (lengths[item], -1))
+        if place == len(room):
+            left, target = budget, len(bins)
+            bins.append([])
+        else:
+            left, target = room.pop(place)
+        bins[target].append(item)
+        insort(room, (left - lengths[item], target))
+    return bins
+
+
+class StepSampler:
+    """Optimizer steps, epoch after epoch, for ever; each step is a list of packs, each pack a list of group indices.
+
+    An epoch is a seeded random order of all groups, cut into steps; the last step of an epoch may be smaller.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, groups_per_step: int, max_tokens: int, seed: int) -> None:
+        """Take the groups' lengths in tokens, the groups of a step, the tokens of a pack, and the seed."""
+        assert lengths and groups_per_step > 0
+        self._lengths = list(lengths)
+        self._groups_per_step = groups_per_step
+        self._max_tokens = max_tokens
+        self._seed = seed
+        self._step = 0
+        self._order_of: tuple[int, np.ndarray] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every group once."""
+        return -(-len(self._lengths) // self._groups_per_step)
+
+    def __iter__(self) -> StepSampler:
+        return self
+
+    def __next__(self) -> list[list[int]]:
+        epoch, place = divmod(self._step, self.steps_per_epoch)
+        self._step += 1
+        chosen = self._order(epoch)[place * self._groups_per_step :][: self._groups_per_step].tolist()
+        packs = best_fit_decreasing([self._lengths[i] for i in chosen], self._max_tokens)
+        return [[chosen[i] for i in packed] for packed in packs]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._order_of is None or self._order_of[0] != epoch:
+            self._order_of = epoch, np.random.default_rng((self._seed, epoch)).permutation(len(self._lengths))
+        return self._order_of[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler stands, and what it must be told again to go on."""
+        return {"step": self._step, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the steps that were taken.
+
+        Raises:
+            ValueError: the state belongs to other data or settings; the message names them.
+        """
+        own = self._identity()
+        differing = [f"{name} is {own[name]}, was {state[name]}" for name in own if own[name] != state[name]]
+        if differing:
+            raise ValueError("; ".join(differing))
+        self._step = state["step"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "groups per step": self._groups_per_step,
+            "tokens per pack": self._max_tokens,
+            "seed": self._seed,
+            "data (hash of lengths)": xxhash.xxh3_64_hexdigest(np.asarray(self._lengths, dtype=np.int64).tobytes()),
+        }
