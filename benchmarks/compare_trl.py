@@ -99,10 +99,7 @@ def contest(name: str, task: Task) -> dict[str, Any]:
     from dpo_fast.metrics import peak_memory_gib
 
     with tempfile.TemporaryDirectory() as scratch:
-        if name == "dpo-fast":
-            result = run_dpo_fast(task, scratch)
-        else:
-            result = run_trl(task, scratch, CONTESTANTS[name])
+        result = run_dpo_fast(task, scratch) if name == "dpo-fast" else run_trl(task, scratch, CONTESTANTS[name])
     pairs = task.steps * task.pairs_per_micro_batch * task.accumulation
     return result | {
         "pairs_per_second": pairs / result["seconds"],
@@ -164,9 +161,7 @@ def main() -> None:
         rows = Path(arguments.data).read_text().splitlines()[: arguments.steps * arguments.pairs]
         data = Path(scratch) / "rows.jsonl"
         data.write_text("\n".join(rows) + "\n")
-        task = Task(
-            arguments.model, str(data), arguments.steps, arguments.micro, arguments.pairs // arguments.micro
-        )
+        task = Task(arguments.model, str(data), arguments.steps, arguments.micro, arguments.pairs // arguments.micro)
         results = take_turns(task, arguments.names, arguments.rounds)
     check_agreement(results)
     print(table(results))

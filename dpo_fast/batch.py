@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack with its tensors on `device`; the segment bounds stay on the CPU, where loops read them."""
         on_host = ("cu_seqlens_q", "cu_seqlens_k")
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name in self.__dataclass_fields__
             if isinstance(value := getattr(self, name), Tensor) and name not in on_host

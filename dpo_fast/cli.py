@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import sys
@@ -68,7 +69,7 @@ def run_demo(config: DemoConfig) -> None:
 class Command:
     """A subcommand: its settings, what runs it, a line of help and its usage."""
 
-    config: type
+    config: type[Any]
     run: Callable[[Any], None]
     help: str
     usage: str
@@ -92,7 +93,9 @@ class Parser(ArgumentParser):
         """Print and leave with exit code 2."""
         known = [option for action in self._actions for option in action.option_strings]
         words = message.split()
-        guesses = [near for word in words if word.startswith("--") for near in difflib.get_close_matches(word, known, 1)]
+        guesses = [
+            near for word in words if word.startswith("--") for near in difflib.get_close_matches(word, known, 1)
+        ]
         hint = f" (did you mean {guesses[0]}?)" if "unrecognized" in message and guesses else ""
         prog = self.prog.replace(" [options]", "")
         print(f"{prog}: error: {' '.join(words)}{hint}\nsee: {prog} --help", file=sys.stderr)
@@ -107,9 +110,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"dpo-fast {version('dpo-fast')}")
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = Parser(
-            prog=f"dpo-fast {name}", usage=f"dpo-fast {name} {command.usage}", description=command.help
-        )
+        subparser = Parser(prog=f"dpo-fast {name}", usage=f"dpo-fast {name} {command.usage}", description=command.help)
         subparser.add_argument("--config", action="config", help="YAML file with any of these settings")
         subparser.add_class_arguments(command.config)
         subcommands.add_subcommand(name, subparser, help=command.help)
@@ -119,7 +120,7 @@ def make_parser() -> Parser:
 def normalize(argv: list[str]) -> list[str]:
     """Dashes and underscores in option names are the same, and a yes-or-no option alone means yes."""
     fields = {
-        name: field.type for command in COMMANDS.values() for name, field in command.config.__dataclass_fields__.items()
+        field.name: field.type for command in COMMANDS.values() for field in dataclasses.fields(command.config)
     }
     normal = []
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -75,8 +76,12 @@ class MetricsFile:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
 

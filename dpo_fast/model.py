@@ -89,7 +89,7 @@ def _disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a plain float, which nn.Module's typing denies
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -134,7 +134,9 @@ class Policy:
 
     def __init__(self, model: PreTrainedModel, *, device: torch.device, bf16: bool, memory_budget: int) -> None:
         """Take a model from `load_model`; `bf16` runs it in bfloat16 autocast, `memory_budget` is in bytes."""
-        self.model = model.to(device).eval()
+        self.model: Any = model
+        model.to(device=device)  # type: ignore[call-arg]
+        model.eval()
         self.device = device
         self.bf16 = bf16
         self.memory_budget = memory_budget
@@ -243,8 +245,8 @@ def check_packed_forward(policy: Policy, groups: list[Group]) -> None:
     if not error <= policy.noise:
         raise UserError(
             f"{type(policy.model).__name__} gives other log-probs in a shared-prompt pack than alone (row "
-            f"{group.row}: {error:.2g} nats apart, expected at most {policy.noise:g}); its attention or its head is not "
-            "supported yet"
+            f"{group.row}: {error:.2g} nats apart, expected at most {policy.noise:g}); its attention or its head is "
+            "not supported yet"
         )
 
 

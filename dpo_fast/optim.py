@@ -32,7 +32,8 @@ def make_optimizer(model: nn.Module, config: DPOConfig) -> Optimizer:
         import bitsandbytes
     except ImportError as error:
         raise UserError("--optim adamw_8bit needs bitsandbytes: pip install bitsandbytes") from error
-    return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(groups, **settings)  # type: ignore[attr-defined]
+    return optimizer
 
 
 def make_schedule(optimizer: Optimizer, config: DPOConfig, num_steps: int) -> LRScheduler:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
@@ -193,7 +194,9 @@ class Reference:
             if progress:
                 progress(num_missing)
 
-    def verify(self, groups: Sequence[Group], score: Score, *, tolerance: float, sample: int = 3, seed: int = 0) -> None:
+    def verify(
+        self, groups: Sequence[Group], score: Score, *, tolerance: float, sample: int = 3, seed: int = 0
+    ) -> None:
         """Score a few stored groups again and compare.
 
         Args:
@@ -243,4 +246,4 @@ def score_groups(groups: Sequence[Group], score: Score) -> list[AnswerLogps]:
     batch = pack(groups)
     parts = np.split(score(batch).float().numpy(), batch.cu_answers[1:-1].numpy())
     bounds = np.cumsum([0, *(len(group.answers) for group in groups)])
-    return [tuple(parts[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [tuple(parts[a:b]) for a, b in pairwise(bounds)]

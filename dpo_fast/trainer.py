@@ -25,7 +25,13 @@ from rich.console import Console
 from torch import Tensor
 
 from dpo_fast.batch import Group, PackedBatch, pack, pair_logps
-from dpo_fast.checkpoint import load_state, resolve_resume, save_checkpoint, save_state, write_folder_atomically
+from dpo_fast.checkpoint import (
+    load_state,
+    resolve_resume,
+    save_checkpoint,
+    save_state,
+    write_folder_atomically,
+)
 from dpo_fast.config import DPOConfig, TrainingError, UserError
 from dpo_fast.data import StepSampler, best_fit_decreasing, load_groups
 from dpo_fast.losses import LOSSES, PairLogps
@@ -97,7 +103,9 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     state = load_state(checkpoint / STATE_FILE) if checkpoint else None
     # The packs of the first epoch hold every group that the run will read, in the layout of its first steps: scored in
     # them, the reference equals the untrained policy bit for bit.
-    first_packs = [packed for step in islice(make_sampler(), min(num_steps, sampler.steps_per_epoch)) for packed in step]
+    first_packs = [
+        packed for step in islice(make_sampler(), min(num_steps, sampler.steps_per_epoch)) for packed in step
+    ]
     eval_packs = best_fit_decreasing([group.num_tokens for group in eval_groups], max_tokens)
     references, fingerprint = reference_logps(
         config,
@@ -139,6 +147,8 @@ class Trainer:
     train_set: PairSet
     eval_set: PairSet
     eval_packs: list[list[int]]
+    metrics_file: MetricsFile
+    line: ProgressLine
 
     def __init__(
         self,
@@ -166,31 +176,23 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Steps until the last one or a signal, then the final model."""
-        config = self.config
-        self.metrics_file = MetricsFile(self.output_dir / METRICS_FILE, keep_up_to_step=self.step)
-        with stop_signals() as stop, progress_line(self.console, "training", self.num_steps, self.step) as line:
+        metrics_path = self.output_dir / METRICS_FILE
+        with (
+            MetricsFile(metrics_path, keep_up_to_step=self.step) as self.metrics_file,
+            progress_line(self.console, "training", self.num_steps, self.step) as self.line,
+            stop_signals() as stop,
+        ):
             while self.step < self.num_steps and not stop.is_set():
                 grad_norm = self.train_step()
-                line.advance()
-                last = self.step == self.num_steps
-                if last or self.step == 1 or is_due(self.step, config.logging_steps):
-                    self.log(self.window.read() | {"grad_norm": grad_norm.item()}, line)
-                    self.window = Window()
-                with self.window.paused():
-                    if self.eval_set.groups and (last or is_due(self.step, config.eval_steps)):
-                        self.log(self.evaluate(), line)
-                    if is_due(self.step, config.save_steps) or (stop.is_set() and not last):
-                        self.watch.check()
-                        save_checkpoint(self.output_dir, self.step, self.write_checkpoint, keep=config.save_total_limit)
-        self.metrics_file.close()
+                self.after_step(grad_norm, stopping=stop.is_set())
+        self.watch.check()
         model_dir = None
         if self.step < self.num_steps:
             self.console.print(f"stopped by a signal after step {self.step}; go on with --resume auto", highlight=False)
         else:
-            self.watch.check()
             model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_model)
             self.console.print(f"trained model: {model_dir}", highlight=False)
-        return TrainResult(model_dir, read_metrics(self.output_dir / METRICS_FILE), self.step)
+        return TrainResult(model_dir, read_metrics(metrics_path), self.step)
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns the gradient's norm before clipping."""
@@ -212,18 +214,33 @@ class Trainer:
         if self.policy.device.type == "cpu":
             self.watch.check()
         self.optimizer.step()
-        self.window.learning_rate = self.schedule.get_last_lr()[0]
+        self.window.learning_rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return grad_norm
 
-    def log(self, row: dict[str, float], line: ProgressLine) -> None:
+    def after_step(self, grad_norm: Tensor, *, stopping: bool) -> None:
+        """Report, evaluate and save where a step calls for it."""
+        config, step = self.config, self.step
+        self.line.advance()
+        last = step == self.num_steps
+        if last or step == 1 or is_due(step, config.logging_steps):
+            self.log(self.window.read() | {"grad_norm": grad_norm.item()})
+            self.window = Window()
+        with self.window.paused():
+            if self.eval_set.groups and (last or is_due(step, config.eval_steps)):
+                self.log(self.evaluate())
+            if is_due(step, config.save_steps) or (stopping and not last):
+                self.watch.check()
+                save_checkpoint(self.output_dir, step, self.write_checkpoint, keep=config.save_total_limit)
+
+    def log(self, row: dict[str, float]) -> None:
         """Write a row of metrics and show it."""
         self.watch.check()
         place = {"epoch": self.step / self.sampler.steps_per_epoch, "step": self.step}
         self.metrics_file.write(row | {"peak_memory_gib": peak_memory_gib(self.policy.device)} | place)
-        line.report(f"step {self.step}/{self.num_steps}", row)
+        self.line.report(f"step {self.step}/{self.num_steps}", row)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -92,9 +92,7 @@ def padded_sequence_logps(model: LlamaForCausalLM, groups: list[Group], answer: 
     return (logps * is_answer[:, 1:]).sum(1)
 
 
-def padded_dpo_loss(
-    policy: LlamaForCausalLM, reference: LlamaForCausalLM, groups: list[Group], beta: float
-) -> Tensor:
+def padded_dpo_loss(policy: LlamaForCausalLM, reference: LlamaForCausalLM, groups: list[Group], beta: float) -> Tensor:
     """DPO as its paper writes it (eq. 7), mean over pairs, two padded forwards a model."""
     with torch.no_grad():
         ref = [padded_sequence_logps(reference, groups, answer) for answer in (0, 1)]

@@ -49,8 +49,10 @@ def test_imports_go_one_way(path, name):
     for module in imported(path):
         if module.startswith("dpo_fast."):
             other = module.split(".")[1]
-            assert RANK[other] < RANK[name] or (other == name and name in ("kernels", "data", "demo")) or (
-                RANK[other] == RANK[name] == RANK["model"]
+            assert (
+                RANK[other] < RANK[name]
+                or (other == name and name in ("kernels", "data", "demo"))
+                or (RANK[other] == RANK[name] == RANK["model"])
             ), f"{path}: imports {module}, which is not below it"
         if name == "kernels":
             top = module.split(".")[0]

@@ -60,6 +60,8 @@ def test_loss_at_the_reference_is_ln_2(pairs):
 def test_gradient_of_sigmoid_is_the_papers_weight(pairs):
     """DPO section 4: d loss / d log pi(w) = -beta sigmoid(-beta Δ)."""
     chosen = pairs.chosen.clone().requires_grad_()
-    moved = PairLogps(chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected, pairs.chosen_len, pairs.rejected_len)
+    moved = PairLogps(
+        chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected, pairs.chosen_len, pairs.rejected_len
+    )
     LOSSES["sigmoid"](moved, 0.1, 0.0).sum().backward()
     torch.testing.assert_close(chosen.grad, -0.1 * torch.sigmoid(-0.1 * pairs.margin))

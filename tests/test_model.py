@@ -63,7 +63,9 @@ def test_packed_gradient_is_that_of_padded_dpo_in_fp64():
         total += share.item()
     assert total == pytest.approx(loss.item(), abs=1e-12)
     for (name, want), got in zip(plain.named_parameters(), packed.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, want.grad, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got.grad, want.grad, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def batch_with_fp64_reference(batch, scorer):

@@ -1,5 +1,6 @@
 """The loop end to end on a tiny model: step 0, resume, stops, files."""
 
+import io
 import json
 import math
 import os
@@ -8,7 +9,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -88,7 +91,13 @@ def test_run_writes_what_the_contract_promises(config, tmp_path):
     (evaluation,) = [row for row in rows if "eval_loss" in row]
     assert evaluation["step"] == 6
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-3", "checkpoint-6", "config.yaml", "final", "metrics.jsonl"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoint-3",
+        "checkpoint-6",
+        "config.yaml",
+        "final",
+        "metrics.jsonl",
+    ]
     assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 1e-3
     trained = AutoModelForCausalLM.from_pretrained(result.model_dir)
     assert not torch.equal(trained.lm_head.weight, AutoModelForCausalLM.from_pretrained(config().model).lm_head.weight)
@@ -112,17 +121,11 @@ def test_step_0_with_scores_from_other_packs_is_at_the_reference_to_rounding(con
 def test_a_stale_reference_stops_the_run_before_it_trains(config, tmp_path):
     """Every stored score is moved by 0.05 nats a token, behind the store's back."""
     train(config(max_steps=1), console=QUIET)
-    import numpy as np
-
-    with sqlite3.connect(tmp_path / "reference.sqlite") as connection:
-        tables = [name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")]
-        for table in tables:
-            columns = [row[1] for row in connection.execute(f"pragma table_info({table})")]
-            if "logps" in columns:
-                for rowid, blob in connection.execute(f"select rowid, logps from {table}").fetchall():
-                    moved = (np.frombuffer(blob, "<f4") - np.float32(0.05)).tobytes()
-                    connection.execute(f"update {table} set logps = ? where rowid = ?", (moved, rowid))
-    with pytest.raises((TrainingError, UserError), match="stored"):
+    with closing(sqlite3.connect(tmp_path / "reference.sqlite")) as connection, connection:
+        for key, blob in connection.execute("select key, logps from answers").fetchall():
+            moved = (np.frombuffer(blob, "<f4") - np.float32(0.05)).tobytes()
+            connection.execute("update answers set logps = ? where key = ?", (moved, key))
+    with pytest.raises(UserError, match="stored reference scores of row"):
         train(config(max_steps=1, overwrite=True), console=QUIET)
 
 
@@ -211,9 +214,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(config,
     assert names == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(config):
+def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):
+    from dpo_fast.model import Policy
+
+    set_trainable = Policy.set_trainable
+
+    def poisoned(self, **kwargs):
+        set_trainable(self, **kwargs)
+        self.model.get_decoder().norm.weight.register_hook(lambda grad: grad * torch.inf)
+
+    monkeypatch.setattr(Policy, "set_trainable", poisoned)
     with pytest.raises(TrainingError, match="gradient of step 1 is not finite"):
-        train(config(beta=3e38, loss_type="ipo"), console=QUIET)
+        train(config(), console=QUIET)
 
 
 def test_micro_batches_and_packs_do_not_change_the_result(config, tmp_path):
@@ -231,9 +243,8 @@ def test_micro_batches_and_packs_do_not_change_the_result(config, tmp_path):
 
 
 def test_dry_run_reads_the_data_and_stops(config, tmp_path):
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    console = Console(record=True, width=200, file=io.StringIO())
     result = train(config(dry_run=True), console=console)
-    console.file.close()
     assert result.model_dir is None
     assert not (tmp_path / "run").exists()
     assert "fewer tokens" in console.export_text()

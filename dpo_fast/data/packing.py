@@ -43,7 +43,8 @@ class StepSampler:
 
     def __init__(self, lengths: Sequence[int], *, groups_per_step: int, max_tokens: int, seed: int) -> None:
         """Take the groups' lengths in tokens, the groups of a step, the tokens of a pack, and the seed."""
-        assert lengths and groups_per_step > 0
+        assert lengths, "a sampler needs at least one group"
+        assert groups_per_step > 0
         self._lengths = list(lengths)
         self._groups_per_step = groups_per_step
         self._max_tokens = max_tokens
