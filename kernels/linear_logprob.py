@@ -1,51 +1,97 @@
-"""Log-probabilities of target tokens straight from hidden states: LM head, log-softmax and gather in one.
+"""Log-probabilities of target tokens straight from hidden states and the LM head: the logits are never kept.
 
-With logits z_i = f(h_i Wᵀ + b) / temperature, f the identity or Gemma's softcap f(x) = cap tanh(x / cap), and y_i the
-target of row i:
+For a row with hidden state h_i and target y_i, the target's own logit is one dot product, known before the
+product with the head. Take it as anchor:
 
-    m_i = max_{j≠y} z_ij      S_i = sum_{j≠y} exp(z_ij - m_i)      d_i = m_i + log S_i - z_iy
-    logp_i = log sigmoid(-d_i)
+    z_ij = h_i·W_j                 (+ bias, softcap, 1 / temperature)
+    E_ij = e^(z_ij - z_y,i)        0 at j = y_i
+    S_i  = Σ_j E_ij                the odds against the target
+    logp_i = -log(1 + S_i)
 
-Leaving the target out of the sum keeps confident tokens exact: with p = 1 - 3e-5 the usual logsumexp(z) - z_y loses
-three digits to the 1 in 1 + 3e-5. For an upstream gradient c_i, with E_ij = exp(z_ij - m_i) for j ≠ y and E_iy = -S_i,
+    with c_i = d loss / d logp_i:  E[i, y_i] <- -S_i ;  v_i = -c_i / (1 + S_i)
+    dH = v ⊙ (E·W)                 dW = Eᵀ·(v ⊙ H)
 
-    dL/dz_ij = v_i E_ij,   v_i = -c_i sigmoid(d_i) / S_i        so   dH = v ⊙ (E W),   dW = Eᵀ (v ⊙ H),   db = Eᵀ v
+E is made once, in the forward, without a row maximum, a log-softmax or a second pass; the backward is its two
+bare products. Leaving the target out of S and using log1p keeps relative accuracy for confident tokens, whose
+log-probs are differences of nearly equal numbers in the usual form. bf16 and fp32 share their exponent range,
+which lets E be kept unnormalised; a row whose odds leave the range (2^100, or 69 nats against its target)
+takes its largest logit m as anchor, for which S + e^(z_y - m) stands in the place of 1 + S, and stays exact
+at any distance.
 
-The forward leaves E in place of the logits, so the backward is two products and nothing else touches N x V numbers:
-3 NVD in all (1 NVD = 2·N·V·D flop), the least there is. Rows whose E does not fit `memory_budget` are computed again
-in the backward (4 NVD for those).
-
-Shapes: hidden (N, D), weight (V, D), target (N,), bias (V,). Memory beyond the results: at most `memory_budget`, or one
-slice of `SLICE_BYTES` where no gradient is asked for.
+N rows, V vocabulary, D hidden size. Three products of 2·N·V·D flop (two for a frozen head, one to score);
+memory: the kept exponentials, at most `memory_budget`. Rows over the budget pay one product more, in the
+backward. The usual fused heads make the logits again in the backward (four products): Hsu et al., "Liger
+Kernel" (2024), arXiv:2410.10989; Wijmans et al., "Cut Your Losses" (2024), arXiv:2411.09009.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from typing import Any, Literal
 
-# Logits of one slice of rows. Small enough to stay near the cache between product and exponential, large enough that
-# the product runs at full speed; also all the memory that scoring takes.
-SLICE_BYTES = 64 * 2**20
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpo_fast.kernels import linear_logprob_torch
+
+Backend = Literal["auto", "torch", "triton"]
 
 
 def linear_logprob_ref(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    *,
     bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The plain truth: all logits, torch's log_softmax, gather. (N,) in the dtype of `hidden`; give it fp64."""
-    logits_NV = F.linear(hidden, weight, bias)
+    """`linear_logprob` as plain PyTorch writes it, in the inputs' dtype; in fp64 the truth of the tests."""
+    logits_NV = hidden @ weight.t()
+    if bias is not None:
+        logits_NV = logits_NV + bias
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
     logp_NV = (logits_NV / temperature).log_softmax(-1)
-    logp_N = logp_NV.gather(-1, target.clamp(min=0)[:, None])[:, 0]
-    return logp_N.masked_fill(target < 0, 0.0)
+    logp = logp_NV.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+    return torch.where(target >= 0, logp, 0.0)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        softcap: float | None,
+        scale: float,
+        memory_budget: int,
+    ) -> Tensor:
+        head = linear_logprob_torch.Head(weight, bias, softcap, scale, _product_dtype(hidden))
+        logp, total, rows = linear_logprob_torch.forward(head, hidden, target, memory_budget)
+        ctx.save_for_backward(hidden, weight, bias, target, rows.anchor, rows.odds, total, *rows.kept)
+        ctx.shape = rows.blocks, rows.columns, softcap, scale
+        return logp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, anchor, odds, total, *kept = ctx.saved_tensors
+        blocks, columns, softcap, scale = ctx.shape
+        head = linear_logprob_torch.Head(weight, bias, softcap, scale, anchor.dtype)
+        rows = linear_logprob_torch.Rows(hidden, target, blocks, columns, anchor, odds, kept)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        gradients = linear_logprob_torch.backward(
+            head,
+            rows,
+            -scale * grad / total,
+            hidden_grad=wants_hidden,
+            weight_grad=wants_weight,
+            bias_grad=wants_bias,
+        )
+        return *gradients, None, None, None, None
 
 
 def linear_logprob(
@@ -56,164 +102,93 @@ def linear_logprob(
     bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
-    backend: str = "auto",
+    backend: Backend = "auto",
     memory_budget: int = 2 * 2**30,
 ) -> Tensor:
-    """Log-probability of each row's target token, in nats.
+    """Log-probabilities of `target` under softmax(cap(hidden·weightᵀ + bias) / temperature).
 
     Args:
-        hidden: (N, D) hidden states, fp32, bf16, fp16 or fp64; differentiable.
-        weight: (V, D) of the LM head, same dtype; differentiable.
-        target: (N,) int64 token ids; a row below 0 gives 0.0 and no gradient.
-        bias: (V,), same dtype; differentiable.
-        softcap: Gemma-2's cap of the logits.
-        temperature: divides the logits, after the cap.
-        backend: `auto` or `torch`.
-        memory_budget: bytes that may be held between forward and backward.
+        hidden: (N, D) floating point; N may be 0.
+        weight: (V, D), the LM head.
+        target: (N,) int64; a negative target is left out: its log-prob is 0.0 and it has no gradient. Rows
+            that are left out cost a copy of the others, and no product.
+        bias: (V,) or None.
+        softcap: cap(x) = softcap · tanh(x / softcap), as in Gemma 2; None for none.
+        temperature: divides the capped logits.
+        backend: "torch", "triton" (CUDA), or "auto": Triton for CUDA tensors where it is installed, else
+        torch. memory_budget: bytes that may be kept from the forward for the backward. Rows that do not fit
+        are computed
+            again in the backward: slower, and the same result.
 
     Returns:
-        (N,) fp32 (fp64 for fp64 inputs). A row that meets an infinite weight is NaN.
+        (N,) natural-log probabilities in fp32 (fp64 if `hidden` is), differentiable once in `hidden`,
+        `weight` and `bias`, whose gradients have their own dtypes; sums over rows are made in fp32. Where
+        nothing needs a gradient nothing is kept, and at most 64 MiB is used.
+
+        Infinities follow PyTorch's log_softmax: a logit of +inf gives NaN, one of -inf has probability 0.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown backend.
+        ValueError: a shape, dtype, device or range is wrong; the message names the argument.
     """
-    _check(hidden, weight, target, bias, backend)
-    keep = target >= 0
-    if not bool(keep.all()):
-        rows = keep.nonzero()[:, 0]
-        logps = linear_logprob(
-            hidden.index_select(0, rows),
+    _check(hidden, weight, target, bias, softcap, temperature)
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f'backend: expected "auto", "torch" or "triton", got {backend!r}')
+    rows = _live_rows(target, weight.shape[0])
+    if rows is not None:
+        live = linear_logprob(
+            hidden[rows],
             weight,
             target[rows],
             bias=bias,
             softcap=softcap,
             temperature=temperature,
+            backend=backend,
             memory_budget=memory_budget,
         )
-        return torch.zeros(len(target), dtype=logps.dtype, device=logps.device).index_copy(0, rows, logps)
-    return _LinearLogprob.apply(hidden, weight, bias, target, softcap, temperature, memory_budget)
+        return live.new_zeros(target.shape[0]).index_put((rows,), live)
+    inputs = (hidden, weight, bias)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        head = linear_logprob_torch.Head(weight, bias, softcap, 1 / temperature, _product_dtype(hidden))
+        return linear_logprob_torch.forward(head, hidden, target, 0)[0]
+    return _LinearLogprob.apply(*inputs, target, softcap, 1 / temperature, memory_budget)
 
 
-def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, backend: str) -> None:
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend {backend!r} is unknown; choose 'auto' or 'torch'")
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"expected hidden (N, D) and weight (V, D), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _live_rows(target: Tensor, vocab: int) -> Tensor | None:
+    """Indices of the rows with a target, or None for all of them. Waits for the device once."""
+    if target.shape[0] == 0:
+        return None
+    low, high = (int(x) for x in torch.stack(torch.aminmax(target)).tolist())
+    if high >= vocab:
+        raise ValueError(f"target: expected token ids below the {vocab} rows of weight, got {high}")
+    return (target >= 0).nonzero()[:, 0] if low < 0 else None
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden: expected (N, D) floating point, got {tuple(hidden.shape)} {hidden.dtype}")
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] != hidden.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"weight: expected (V, {hidden.shape[1]}) floating point, got {tuple(weight.shape)} {weight.dtype}"
+        )
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(f"expected target (N,) int64, got {tuple(target.shape)} {target.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected bias (V,), got {tuple(bias.shape)}")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one to the other")
-
-
-class _Head:
-    """The head's numbers of one call, in the dtype that it computes in."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> None:
-        # Half-precision products must accumulate and return fp32: bf16 logits cost three digits. cuBLAS does that with
-        # out_dtype; a CPU has no such product, so there the operands are widened.
-        self.wide = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.weight = weight if self.wide else weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
-        self.softcap = softcap
-        self.temperature = temperature
-
-    def exponentials(self, hidden: Tensor, target: Tensor, out: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor]:
-        """Turn `out` (R, V) into E; returns (d, S), both (R,). `slopes` folds the cap's derivative into E."""
-        if self.wide:
-            torch.mm(hidden, self.weight.T, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(hidden.to(self.dtype), self.weight.T, out=out)
-        if self.bias is not None:
-            out += self.bias
-        capped = None
-        if self.softcap is not None:
-            capped = out.div_(self.softcap).tanh_().clone() if slopes else out.div_(self.softcap).tanh_()
-            out *= self.softcap
-        if self.temperature != 1.0:
-            out /= self.temperature
-        column = target[:, None]
-        z_target = out.gather(1, column)
-        out.scatter_(1, column, -torch.inf)
-        # With a vocabulary of one token nothing is left; a finite maximum keeps -inf - m at -inf.
-        largest = out.amax(1, keepdim=True).clamp_(min=torch.finfo(out.dtype).min)
-        total = out.sub_(largest).exp_().sum(1, keepdim=True)
-        d = largest + total.log() - z_target
-        if slopes:
-            out.scatter_(1, column, -total)
-            if capped is not None:
-                out.mul_(capped.square_().neg_().add_(1))
-        return d[:, 0], total[:, 0]
-
-
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        softcap: float | None,
-        temperature: float,
-        memory_budget: int,
-    ) -> Tensor:
-        head = _Head(weight, bias, softcap, temperature)
-        num_rows, vocab = len(hidden), len(weight)
-        row_bytes = vocab * head.dtype.itemsize
-        slice_rows = max(1, min(SLICE_BYTES, memory_budget) // row_bytes)
-        differentiable = any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
-        # One slice of scratch is set aside for the rows that are not kept.
-        kept = min(num_rows, memory_budget // row_bytes) if differentiable else 0
-        if kept < num_rows:
-            kept = max(0, kept - slice_rows)
-        stored = torch.empty(kept, vocab, dtype=head.dtype, device=hidden.device)
-        scratch = torch.empty(min(slice_rows, num_rows - kept), vocab, dtype=head.dtype, device=hidden.device)
-        d = torch.empty(num_rows, dtype=head.dtype, device=hidden.device)
-        total = torch.empty_like(d)
-        for start, end in _slices(0, kept, slice_rows) + _slices(kept, num_rows, slice_rows):
-            out = stored[start:end] if end <= kept else scratch[: end - start]
-            d[start:end], total[start:end] = head.exponentials(
-                hidden[start:end], target[start:end], out, slopes=end <= kept
-            )
-        if differentiable:
-            ctx.save_for_backward(hidden, weight, bias, target, d, total)
-            ctx.stored, ctx.slice_rows = stored, slice_rows  # type: ignore[attr-defined]
-            ctx.softcap, ctx.temperature = softcap, temperature  # type: ignore[attr-defined]
-        return F.logsigmoid(-d)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
-        hidden, weight, bias, target, d, total = ctx.saved_tensors
-        head = _Head(weight, bias, ctx.softcap, ctx.temperature)
-        kept, slice_rows = len(ctx.stored), ctx.slice_rows
-        tiny = torch.finfo(head.dtype).tiny
-        v = -grad_N.to(head.dtype) * torch.sigmoid(d) / total.clamp(min=tiny) / ctx.temperature
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty(hidden.shape, dtype=head.dtype, device=hidden.device) if needs_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=head.dtype, device=weight.device) if needs_weight else None
-        d_bias = torch.zeros(len(weight), dtype=head.dtype, device=weight.device) if needs_bias else None
-        wide_weight = weight.to(head.dtype)
-        scratch = torch.empty(min(slice_rows, len(hidden) - kept), len(weight), dtype=head.dtype, device=hidden.device)
-        for start, end in ([(0, kept)] if kept else []) + _slices(kept, len(hidden), slice_rows):
-            if end <= kept:
-                exponentials = ctx.stored
-            else:
-                exponentials = scratch[: end - start]
-                head.exponentials(hidden[start:end], target[start:end], exponentials, slopes=True)
-            if d_hidden is not None:
-                torch.mm(exponentials, wide_weight, out=d_hidden[start:end]).mul_(v[start:end, None])
-            if d_weight is not None:
-                d_weight.addmm_(exponentials.T, hidden[start:end].to(head.dtype) * v[start:end, None])
-            if d_bias is not None:
-                d_bias.addmv_(exponentials.T, v[start:end])
-        ctx.stored = None
-        grads = (d_hidden, hidden), (d_weight, weight), (d_bias, bias)
-        return *(None if g is None else g.to(x.dtype) for g, x in grads), None, None, None, None
-
-
-def _slices(start: int, end: int, size: int) -> list[tuple[int, int]]:
-    return [(i, min(i + size, end)) for i in range(start, end, size)]
+        raise ValueError(f"target: expected ({hidden.shape[0]},) int64, got {tuple(target.shape)} {target.dtype}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(f"bias: expected ({weight.shape[0]},) floating point, got {tuple(bias.shape)} {bias.dtype}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected on {hidden.device} as hidden is, got {tensor.device}")

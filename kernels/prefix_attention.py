@@ -39,8 +39,7 @@ class PrefixLayout:
 
 
 def prefix_layout(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_index: Tensor) -> PrefixLayout:
-    """Lengths and masks of a pack's segments, from the bounds of `PackedBatch` ((M + 1,) int64 on the
-    CPU)."""
+    """Lengths and masks of a pack's segments, from the (M + 1,) int64 bounds of `PackedBatch` on the CPU."""
     query_lengths = cu_seqlens_q.diff().tolist()
     key_lengths = cu_seqlens_k.diff().tolist()
     masks = [

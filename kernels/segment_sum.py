@@ -2,13 +2,14 @@
 
     sum_s = Σ_{cu[s] <= n < cu[s + 1]} values_n          d values_n = d sum_{segment of n}
 
-N values and S segments; N reads and S writes. Additions are made in fp64, so that a sequence of thousands of token
-log-probs keeps every digit that fp32 can show: the loss is a difference of such sums. A running total would be shorter,
-but one NaN or infinity in it would reach every later segment; here it stays in its own.
+N values and S segments; N reads and S writes. Additions are made in fp64, so that a sequence of thousands of
+token log-probs keeps every digit that fp32 can show: the loss is a difference of such sums. A running total
+would be shorter, but one NaN or infinity in it would reach every later segment; here it stays in its own.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 def segment_sum_ref(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`segment_sum` as a plain loop, in the dtype of `values`: the truth in tests."""
     bounds = cu_seqlens.tolist()
-    sums = [values[start:stop].sum() for start, stop in zip(bounds, bounds[1:], strict=False)]
+    sums = [values[start:stop].sum() for start, stop in pairwise(bounds)]
     return torch.stack(sums) if sums else values.new_zeros(0)
 
 
@@ -46,10 +47,12 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
         cu_seqlens: (S + 1,) int64 bounds, not decreasing, from 0 to N; equal neighbours are an empty segment.
 
     Returns:
-        (S,) in the dtype of `values`, accumulated in fp64; 0 for an empty segment. Differentiable in `values`.
+        (S,) in the dtype of `values`, accumulated in fp64; 0 for an empty segment. Differentiable in
+        `values`.
 
     Raises:
-        ValueError: a shape or dtype is wrong, or (looked at on the CPU only, where it costs no wait) the bounds are.
+        ValueError: a shape or dtype is wrong, or (looked at on the CPU only, where it costs no wait) the
+            bounds are.
     """
     if values.dim() != 1 or not values.is_floating_point():
         raise ValueError(f"values: expected (N,) floating point, got {tuple(values.shape)} {values.dtype}")
@@ -63,7 +66,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Deterministic means over consecutive segments: `segment_sum` over the lengths; 0 for an empty segment."""
+    """`segment_sum` over the segments' lengths: deterministic means, and 0 for an empty segment."""
     lengths = cu_seqlens.diff().to(values.device).clamp(min=1)
     return segment_sum(values, cu_seqlens) / lengths
 
