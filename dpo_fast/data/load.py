@@ -1,0 +1,75 @@
+"""The whole way from a source to groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from dpo_fast.batch import Group
+from dpo_fast.config import DataConfig, UserError
+from dpo_fast.data.formats import Preference, to_preference
+from dpo_fast.data.report import DROPPED, DataReport, RowError
+from dpo_fast.data.rows import SourceRow, read_rows
+from dpo_fast.data.tokenize import Tokenizing, truncate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Rows tokenized by one call: enough for the tokenizer's threads, little memory.
+ROWS_AT_ONCE = 512
+
+
+def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Group], DataReport]:
+    """Read `config.data` and tokenize it.
+
+    Returns:
+        Groups in the order of the rows, and what became of every row.
+
+    Raises:
+        UserError: the source cannot be read, no row is usable, or (with `strict`) the first row that is dropped.
+    """
+    report = DataReport(config.data)
+    groups: list[Group] = []
+    tokenize = Tokenizing(tokenizer)
+    rows = read_rows(config.data, config.max_rows)
+    while block := list(islice(rows, ROWS_AT_ONCE)):
+        report.rows_read += len(block)
+        known = list(_recognise(block, config, report, has_chat_template=bool(tokenizer.chat_template)))
+        for (row, _), tokens in zip(known, tokenize([preference for _, preference in known]), strict=True):
+            try:
+                if isinstance(tokens, RowError):
+                    raise tokens
+                group, changes = truncate(tokens, row.index, config, tokenize.bos)
+            except RowError as error:
+                _drop(row, error, config, report)
+                continue
+            groups.append(group)
+            for change in changes:
+                report.count(change, row.place)
+    report.finish(groups)
+    if not groups:
+        raise UserError(f"--data {config.data}: no usable row\n{report.render()}")
+    return groups, report
+
+
+def _recognise(
+    rows: list[SourceRow], config: DataConfig, report: DataReport, *, has_chat_template: bool
+) -> Iterator[tuple[SourceRow, Preference]]:
+    for row in rows:
+        try:
+            if row.error:
+                raise RowError("broken_json", row.error)
+            yield row, to_preference(row.value, config, has_chat_template=has_chat_template)
+        except RowError as error:
+            _drop(row, error, config, report)
+
+
+def _drop(row: SourceRow, error: RowError, config: DataConfig, report: DataReport) -> None:
+    if config.strict:
+        detail = f": {error}" if str(error) else ""
+        raise UserError(
+            f"--data {config.data}, {row.place}: {DROPPED[error.cause]}{detail}. Mend or remove the row, or leave "
+            "--strict out to drop such rows"
+        )
+    report.count(error.cause, row.place, str(error))

@@ -1,0 +1,135 @@
+"""Files and data sets -> rows, each with its place in the source."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.config import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row.
+
+    Attributes:
+        index: counted from 0.
+        place: where a person finds it, such as `line 12`.
+        value: what stands there, normally a dict; None where it is not JSON.
+        error: what the JSON parser says then.
+    """
+
+    index: int
+    place: str
+    value: Any
+    error: str = ""
+
+
+def read_rows(source: str, max_rows: int | None = None) -> Iterator[SourceRow]:
+    """Rows of a file or a Hub data set.
+
+    Raises:
+        UserError: no such file or data set, or a kind that is not read.
+    """
+    return islice(_rows(source), max_rows)
+
+
+def _rows(source: str) -> Iterator[SourceRow]:
+    path = Path(source)
+    if source.endswith(SUFFIXES):
+        if not path.is_file():
+            raise UserError(f"--data {source}: no such file")
+        return _file_rows(path)
+    if path.exists():
+        raise UserError(f"--data {source}: expected a file that ends in {', '.join(SUFFIXES)}, or a Hub dataset's name")
+    return _hub_rows(source)
+
+
+def _file_rows(path: Path) -> Iterator[SourceRow]:
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _parquet_rows(path)
+        elif path.name.endswith(".json"):
+            yield from _json_rows(path)
+        else:
+            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f:
+                yield from _json_lines(f)
+    except (OSError, EOFError) as error:
+        raise UserError(f"--data {path}: cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+
+
+def _json_lines(lines: Any) -> Iterator[SourceRow]:
+    index = 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield SourceRow(index, f"line {number}", json.loads(line))
+        except json.JSONDecodeError as error:
+            yield SourceRow(index, f"line {number}", None, f"{error.msg} at column {error.colno}")
+        index += 1
+
+
+def _json_rows(path: Path) -> Iterator[SourceRow]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise UserError(
+                f"--data {path}: not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); expected a "
+                "list of rows"
+            ) from error
+        # One object a line under a .json name is common.
+        yield from _json_lines(text.splitlines())
+        return
+    if isinstance(rows, dict) and "chosen" in rows:
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise UserError(f"--data {path}: expected a list of rows, found {_kind(rows)}")
+    for index, value in enumerate(rows):
+        yield SourceRow(index, f"row {index}", value)
+
+
+def _parquet_rows(path: Path) -> Iterator[SourceRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    index = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for value in batch.to_pylist():
+                yield SourceRow(index, f"row {index}", value)
+                index += 1
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"--data {path}: not a parquet file: {error}") from error
+
+
+def _hub_rows(source: str) -> Iterator[SourceRow]:
+    from datasets import load_dataset
+
+    name, _, split = source.partition(":")
+    try:
+        dataset = load_dataset(name, split=split or "train")
+    except Exception as error:
+        # The Hub's client raises many kinds; for a user all of them mean that the name does not lead to data.
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--data {source}: neither a file that ends in {', '.join(SUFFIXES)} nor a dataset that could be loaded: "
+            f"{first_line}"
+        ) from error
+    for index, value in enumerate(dataset):
+        yield SourceRow(index, f"row {index}", value)
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(type(value), f"{value!r:.40}")
