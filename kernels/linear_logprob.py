@@ -26,15 +26,16 @@ Kernel" (2024), arXiv:2410.10989; Wijmans et al., "Cut Your Losses" (2024), arXi
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_fast.kernels import linear_logprob_torch
-
-Backend = Literal["auto", "torch", "triton"]
+from dpo_fast.kernels.backends import Backend, choose_backend
+from dpo_fast.kernels.linear_logprob_torch import Head
 
 
 def linear_logprob_ref(
@@ -68,30 +69,29 @@ class _LinearLogprob(torch.autograd.Function):
         softcap: float | None,
         scale: float,
         memory_budget: int,
+        backend: str,
     ) -> Tensor:
-        head = linear_logprob_torch.Head(weight, bias, softcap, scale, _product_dtype(hidden))
-        logp, total, rows = linear_logprob_torch.forward(head, hidden, target, memory_budget)
-        ctx.save_for_backward(hidden, weight, bias, target, rows.anchor, rows.odds, total, *rows.kept)
-        ctx.shape = rows.blocks, rows.columns, softcap, scale
+        wants_hidden, *wants_head = ctx.needs_input_grad[:3]
+        module = _implementation(backend)
+        head = Head(weight, bias, softcap, scale, _product_dtype(hidden))
+        frozen = wants_hidden and not any(wants_head)
+        logp, ctx.state = module.forward(head, hidden, target, memory_budget, frozen=frozen)
+        ctx.save_for_backward(hidden, weight, bias, target)
+        ctx.softcap, ctx.scale, ctx.module = softcap, scale, module
         return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, anchor, odds, total, *kept = ctx.saved_tensors
-        blocks, columns, softcap, scale = ctx.shape
-        head = linear_logprob_torch.Head(weight, bias, softcap, scale, anchor.dtype)
-        rows = linear_logprob_torch.Rows(hidden, target, blocks, columns, anchor, odds, kept)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        gradients = linear_logprob_torch.backward(
-            head,
-            rows,
-            -scale * grad / total,
-            hidden_grad=wants_hidden,
-            weight_grad=wants_weight,
-            bias_grad=wants_bias,
-        )
-        return *gradients, None, None, None, None
+        hidden, weight, bias, target = ctx.saved_tensors
+        head = Head(weight, bias, ctx.softcap, ctx.scale, _product_dtype(hidden))
+        gradients = ctx.module.backward(head, hidden, target, ctx.state, grad, ctx.needs_input_grad[:3])
+        return *gradients, None, None, None, None, None
+
+
+def _implementation(backend: str) -> Any:
+    """The module that makes forward and backward; Triton's is imported when it is first used."""
+    return linear_logprob_torch if backend == "torch" else import_module("dpo_fast.kernels.linear_logprob_gpu")
 
 
 def linear_logprob(
@@ -131,8 +131,7 @@ def linear_logprob(
         ValueError: a shape, dtype, device or range is wrong; the message names the argument.
     """
     _check(hidden, weight, target, bias, softcap, temperature)
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f'backend: expected "auto", "torch" or "triton", got {backend!r}')
+    chosen = choose_backend(backend, hidden)
     rows = _live_rows(target, weight.shape[0])
     if rows is not None:
         live = linear_logprob(
@@ -146,11 +145,13 @@ def linear_logprob(
             memory_budget=memory_budget,
         )
         return live.new_zeros(target.shape[0]).index_put((rows,), live)
-    inputs = (hidden, weight, bias)
+    if chosen == "triton":
+        weight = weight.to(hidden.dtype)
+    inputs, scale = (hidden, weight, bias), 1 / temperature
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
-        head = linear_logprob_torch.Head(weight, bias, softcap, 1 / temperature, _product_dtype(hidden))
-        return linear_logprob_torch.forward(head, hidden, target, 0)[0]
-    return _LinearLogprob.apply(*inputs, target, softcap, 1 / temperature, memory_budget)
+        head = Head(weight, bias, softcap, scale, _product_dtype(hidden))
+        return _implementation(chosen).forward(head, hidden, target, 0)[0]
+    return _LinearLogprob.apply(*inputs, target, softcap, scale, memory_budget, chosen)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

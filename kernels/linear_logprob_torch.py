@@ -14,7 +14,7 @@ make their tiles again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -91,27 +91,26 @@ def row_blocks(num_rows: int, num_kept: int) -> list[slice]:
 
 
 @dataclass
-class Rows:
-    """N rows cut into blocks, the vocabulary cut into tiles, and what is known of each row.
+class State:
+    """N rows cut into blocks, the vocabulary cut into tiles, and what the forward found out.
 
     Attributes:
-        hidden: (N, D).
-        target: (N,) int64, all >= 0.
         blocks: slices of rows.
         columns: slices of the vocabulary.
         anchor: (N,) what is subtracted from a row's logits.
         odds: (N,) S, the sum of a row's exponentials without its target's.
-        kept: exponentials of the first blocks, one flat tensor each; fewer than blocks where the budget ran
-            out.
+        total: (N,) S + e^(z_y - anchor).
+        kept: exponentials of the first blocks, one flat tensor each; fewer than blocks where the budget ran out.
+        unit_grad: (N, D) d logp / d hidden, for a head without gradient, whose exponentials need not be kept; or None.
     """
 
-    hidden: Tensor
-    target: Tensor
     blocks: list[slice]
     columns: list[slice]
     anchor: Tensor
     odds: Tensor
+    total: Tensor
     kept: list[Tensor]
+    unit_grad: Tensor | None
 
     def tile(self, k: int, columns: slice) -> Tensor:
         """An (R, C) tile of block k: the kept one, or an empty one."""
@@ -122,7 +121,9 @@ class Rows:
         return self.kept[k][num_rows * columns.start : num_rows * columns.stop].view(num_rows, width)
 
 
-def forward(head: Head, hidden: Tensor, target: Tensor, memory_budget: int) -> tuple[Tensor, Tensor, Rows]:
+def forward(
+    head: Head, hidden: Tensor, target: Tensor, memory_budget: int, *, frozen: bool = False
+) -> tuple[Tensor, State]:
     """Log-probs of the targets.
 
     Args:
@@ -130,26 +131,26 @@ def forward(head: Head, hidden: Tensor, target: Tensor, memory_budget: int) -> t
         hidden: (N, D).
         target: (N,) int64, all of them in 0 .. V - 1.
         memory_budget: bytes that kept exponentials may take; 0 keeps none.
+        frozen: keep d logp / d hidden instead; for a head that has no gradient.
 
     Returns:
-        (N,) log-probs in `head.dtype`; (N,) S + e^(z_y - anchor); the rows, with their kept exponentials
-        ready for the products.
+        (N,) log-probs in `head.dtype`, and what `backward` needs.
     """
     num_rows, vocab = hidden.shape[0], head.weight.shape[0]
-    num_kept = min(num_rows, memory_budget // (vocab * head.dtype.itemsize))
+    num_kept = 0 if frozen else min(num_rows, memory_budget // (vocab * head.dtype.itemsize))
     blocks = row_blocks(num_rows, num_kept)
     kept = [hidden.new_empty((b.stop - b.start) * vocab, dtype=head.dtype) for b in blocks if b.stop <= num_kept]
     z_target = torch.cat([head.target_logits(hidden[b], target[b])[0] for b in blocks])
-    rows = Rows(hidden, target, blocks, head.columns(num_rows), z_target.clone(), torch.zeros_like(z_target), kept)
-    _sum_exponentials(head, rows)
-    for block in range(len(blocks)):
-        _reanchor(head, rows, block)
-    for k in range(len(kept)):
-        entries = _target_entries(head, rows, k)
-        for columns in rows.columns:
-            _set_targets(rows.tile(k, columns), target[blocks[k]] - columns.start, entries)
-    shift = rows.anchor - z_target
-    return -log1p_odds(rows.odds, shift), rows.odds + torch.exp(-shift), rows
+    unit_grad = torch.zeros_like(hidden, dtype=head.dtype) if frozen else None
+    odds = torch.zeros_like(z_target)
+    state = State(blocks, head.columns(num_rows), z_target.clone(), odds, odds, kept, unit_grad)
+    _sum_exponentials(head, hidden, target, state)
+    for k in range(len(blocks)):
+        _reanchor(head, hidden, target, state, k)
+    shift = state.anchor - z_target
+    state.total = odds + torch.exp(-shift)
+    _finish(head, hidden, target, state)
+    return -log1p_odds(odds, shift), state
 
 
 def log1p_odds(odds: Tensor, shift: Tensor) -> Tensor:
@@ -160,24 +161,19 @@ def log1p_odds(odds: Tensor, shift: Tensor) -> Tensor:
     return torch.where(log_odds < 0, small, large)
 
 
-def _sum_exponentials(head: Head, rows: Rows) -> None:
-    for columns in rows.columns:
+def _sum_exponentials(head: Head, hidden: Tensor, target: Tensor, state: State) -> None:
+    for columns in state.columns:
         weight, bias = head.tile(columns)
-        for k, block in enumerate(rows.blocks):
-            hidden = rows.hidden[block].to(head.dtype)
-            labels = rows.target[block] - columns.start
-            tile = rows.tile(k, columns)
-            rows.odds[block] += _exponentials_(tile, head, hidden, weight, bias, rows.anchor[block], labels)
+        for k, block in enumerate(state.blocks):
+            rows, tile = hidden[block].to(head.dtype), state.tile(k, columns)
+            labels = target[block] - columns.start
+            state.odds[block] += _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels)
+            if state.unit_grad is not None:
+                state.unit_grad[block].addmm_(tile, weight)
 
 
 def _exponentials_(
-    tile: Tensor,
-    head: Head,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    anchor: Tensor,
-    labels: Tensor,
+    tile: Tensor, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, labels: Tensor
 ) -> Tensor:
     """Fill `tile` (R, C) with E times the softcap's slope, 0 at the targets; returns the (R,) sums of E."""
     slope = head.logits_(tile, hidden, weight, bias)
@@ -196,66 +192,91 @@ def _set_targets(tile: Tensor, labels: Tensor, values: Tensor) -> None:
     tile.scatter_(1, index, torch.where(inside, values[:, None], tile.gather(1, index)))
 
 
-def _target_entries(head: Head, rows: Rows, k: int) -> Tensor:
-    """What the products want at a block's targets: -S times the softcap's slope, (R,)."""
-    block = rows.blocks[k]
-    slope = head.target_logits(rows.hidden[block], rows.target[block])[1]
-    return -rows.odds[block] if slope is None else -rows.odds[block] * slope
-
-
-def _reanchor(head: Head, rows: Rows, k: int) -> None:
-    """Redo the rows of a block whose odds left the range, with their largest logit as anchor."""
-    block = rows.blocks[k]
-    lost = (~(rows.odds[block] <= MAX_ODDS)).nonzero()[:, 0]
+def _reanchor(head: Head, hidden: Tensor, target: Tensor, state: State, k: int) -> None:
+    """Redo the rows of block k whose odds left the range, with their largest logit as anchor."""
+    block = state.blocks[k]
+    lost = (~(state.odds[block] <= MAX_ODDS)).nonzero()[:, 0]
     if lost.numel() == 0:
         return
-    hidden, target = rows.hidden[block][lost].to(head.dtype), rows.target[block][lost]
-    peak = torch.full_like(rows.odds[block][lost], -torch.inf)
-    for columns in rows.columns:
+    rows, labels = hidden[block][lost].to(head.dtype), target[block][lost]
+    peak = torch.full_like(state.odds[block][lost], -torch.inf)
+    for columns in state.columns:
         weight, bias = head.tile(columns)
-        tile = hidden.new_empty(hidden.shape[0], weight.shape[0])
-        head.logits_(tile, hidden, weight, bias)
+        tile = rows.new_empty(rows.shape[0], weight.shape[0])
+        head.logits_(tile, rows, weight, bias)
         peak = torch.maximum(peak, tile.amax(1))
-    odds = torch.zeros_like(peak)
-    for columns in rows.columns:
+    odds, unit_grad = torch.zeros_like(peak), torch.zeros_like(rows)
+    for columns in state.columns:
         weight, bias = head.tile(columns)
-        tile = hidden.new_empty(hidden.shape[0], weight.shape[0])
-        odds += _exponentials_(tile, head, hidden, weight, bias, peak, target - columns.start)
-        if k < len(rows.kept):
-            rows.tile(k, columns)[lost] = tile
-    rows.anchor[block][lost] = peak
-    rows.odds[block][lost] = odds
+        tile = rows.new_empty(rows.shape[0], weight.shape[0])
+        odds += _exponentials_(tile, head, rows, weight, bias, peak, labels - columns.start)
+        if k < len(state.kept):
+            state.tile(k, columns)[lost] = tile
+        if state.unit_grad is not None:
+            unit_grad.addmm_(tile, weight)
+    state.anchor[block][lost] = peak
+    state.odds[block][lost] = odds
+    if state.unit_grad is not None:
+        state.unit_grad[block][lost] = unit_grad
+
+
+def _target_entries(head: Head, hidden: Tensor, target: Tensor, state: State, block: slice) -> Tensor:
+    """What the products want at a block's targets: -S times the softcap's slope, (R,)."""
+    slope = head.target_logits(hidden[block], target[block])[1]
+    return -state.odds[block] if slope is None else -state.odds[block] * slope
+
+
+def _finish(head: Head, hidden: Tensor, target: Tensor, state: State) -> None:
+    """Put the targets into what is kept, now that their odds are known."""
+    for k, block in enumerate(state.blocks):
+        if k >= len(state.kept) and state.unit_grad is None:
+            return
+        entries = _target_entries(head, hidden, target, state, block)
+        for columns in state.columns if k < len(state.kept) else ():
+            _set_targets(state.tile(k, columns), target[block] - columns.start, entries)
+        if state.unit_grad is not None:
+            unit_grad = state.unit_grad[block]
+            unit_grad += entries[:, None] * head.weight[target[block]].to(head.dtype)
+            unit_grad *= (-head.scale / state.total[block])[:, None]
 
 
 def backward(
-    head: Head, rows: Rows, factor: Tensor, *, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+    head: Head, hidden: Tensor, target: Tensor, state: State, grad: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients from the finished exponentials: dH = v ⊙ (E·W), dW = Eᵀ·(v ⊙ H), db = Eᵀ·v.
+    """Gradients from the exponentials: dH = v ⊙ (E·W), dW = Eᵀ·(v ⊙ H), db = Eᵀ·v.
+
+    What the forward kept is used up: a second backward makes it again.
 
     Args:
-        head: as in `forward`.
-        rows: what `forward` returned.
-        factor: (N,) v = -scale · d loss / d logp / (S + e^(z_y - anchor)).
-        hidden_grad, weight_grad, bias_grad: which of the three are wanted.
+        head, hidden, target: as in `forward`.
+        state: from `forward`.
+        grad: (N,) d loss / d logp.
+        wanted: which of the gradients of hidden, weight and bias to make.
     """
-    d_hidden = torch.zeros_like(rows.hidden, dtype=head.dtype) if hidden_grad else None
-    d_weight = torch.empty_like(head.weight) if weight_grad else None
-    d_bias = torch.empty_like(head.bias) if bias_grad and head.bias is not None else None
-    entries = [_target_entries(head, rows, k) for k in range(len(rows.blocks))]
-    for columns in rows.columns:
+    kept, unit_grad = state.kept, state.unit_grad
+    state.kept, state.unit_grad = [], None
+    if unit_grad is not None:
+        return unit_grad.mul_(grad[:, None]).to(hidden.dtype), None, None
+    factor = -head.scale * grad / state.total
+    d_hidden = torch.zeros_like(hidden, dtype=head.dtype) if wanted[0] else None
+    d_weight = torch.empty_like(head.weight) if wanted[1] else None
+    d_bias = torch.empty_like(head.bias) if wanted[2] and head.bias is not None else None
+    work = replace(state, kept=kept)
+    entries = [_target_entries(head, hidden, target, state, block) for block in state.blocks]
+    for columns in state.columns:
         weight, bias = head.tile(columns)
         sums = None if d_weight is None else _accumulator(d_weight[columns], head.dtype)
         bias_sums = torch.zeros_like(weight[:, 0])
-        for k, block in enumerate(rows.blocks):
-            hidden, tile = rows.hidden[block].to(head.dtype), rows.tile(k, columns)
-            if k >= len(rows.kept):
-                labels = rows.target[block] - columns.start
-                _exponentials_(tile, head, hidden, weight, bias, rows.anchor[block], labels)
+        for k, block in enumerate(state.blocks):
+            rows, tile = hidden[block].to(head.dtype), work.tile(k, columns)
+            if k >= len(kept):
+                labels = target[block] - columns.start
+                _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels)
                 _set_targets(tile, labels, entries[k])
             if d_hidden is not None:
                 d_hidden[block].addmm_(tile, weight)
             if sums is not None:
-                sums.addmm_(tile.t(), hidden * factor[block, None], beta=0 if k == 0 else 1)
+                sums.addmm_(tile.t(), rows * factor[block, None], beta=0 if k == 0 else 1)
             if d_bias is not None:
                 bias_sums += tile.t() @ factor[block]
         if d_weight is not None and sums is not None and sums.dtype != d_weight.dtype:
@@ -263,7 +284,7 @@ def backward(
         if d_bias is not None:
             d_bias[columns] = bias_sums
     if d_hidden is not None:
-        d_hidden = d_hidden.mul_(factor[:, None]).to(rows.hidden.dtype)
+        d_hidden = d_hidden.mul_(factor[:, None]).to(hidden.dtype)
     return d_hidden, d_weight, d_bias
 
 

@@ -11,12 +11,14 @@ gradient, into the logits' own memory if asked. Rows are taken in slices that st
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpo_fast.kernels.backends import Backend, choose_backend
 from dpo_fast.kernels.linear_logprob_torch import log1p_odds
 
 # 2^20 logits, 4 MiB in fp32, are read, shifted, exponentiated and summed while they are in the cache.
@@ -35,8 +37,9 @@ def _slices(logits_NV: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, num_rows, step)]
 
 
-def _forward(logits_NV: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(N,) log-probs and (N,) log-sum-exp of the logits."""
+def forward(logits_NV: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) log-probs, 0 where `target` < 0, and (N,) log-sum-exp of the logits."""
+    dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     logp = torch.empty(target.shape, dtype=dtype, device=target.device)
     lse = torch.empty_like(logp)
     for rows in _slices(logits_NV):
@@ -52,31 +55,43 @@ def _forward(logits_NV: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Ten
     return torch.where(target >= 0, logp, 0.0), lse
 
 
+def backward(logits_NV: Tensor, target: Tensor, lse: Tensor, logp: Tensor, grad: Tensor, out: Tensor) -> None:
+    """Write the gradient to `out`, which may be `logits_NV`."""
+    live = target >= 0
+    for rows in _slices(logits_NV):
+        index = target[rows].clamp(min=0)[:, None]
+        tile = logits_NV[rows].to(lse.dtype, copy=True)
+        tile.sub_(lse[rows, None]).exp_()
+        tile.scatter_(1, index, torch.expm1(logp[rows, None]))
+        tile.mul_(-grad[rows, None])
+        # A row without a target has no gradient, whatever its logits: 0 · NaN would be one.
+        out[rows] = tile.masked_fill_(~live[rows, None], 0.0)
+
+
 class _Logprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, target: Tensor, inplace_backward: bool) -> Tensor:
-        dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-        logp, lse = _forward(logits_NV, target, dtype)
+    def forward(ctx: Any, logits_NV: Tensor, target: Tensor, inplace_backward: bool, backend: str) -> Tensor:
+        logp, lse = _implementation(backend).forward(logits_NV, target)
         ctx.save_for_backward(logits_NV, target, lse, logp)
-        ctx.inplace_backward = inplace_backward
+        ctx.inplace_backward, ctx.backend = inplace_backward, backend
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits_NV, target, lse, logp = ctx.saved_tensors
         out = logits_NV.detach() if ctx.inplace_backward else torch.empty_like(logits_NV)
-        grad = torch.where(target >= 0, grad, 0.0)
-        for rows in _slices(logits_NV):
-            index = target[rows].clamp(min=0)[:, None]
-            tile = logits_NV[rows].to(lse.dtype, copy=True)
-            tile.sub_(lse[rows, None]).exp_()
-            tile.scatter_(1, index, torch.expm1(logp[rows, None]))
-            out[rows] = tile.mul_(-grad[rows, None])
-        return out, None, None
+        _implementation(ctx.backend).backward(logits_NV, target, lse, logp, grad, out)
+        return out, None, None, None
 
 
-def logprob(logits: Tensor, target: Tensor, *, inplace_backward: bool = False) -> Tensor:
+def _implementation(backend: str) -> Any:
+    """The module that makes forward and backward; Triton's is imported when it is first used."""
+    name = "logprob" if backend == "torch" else "logprob_triton"
+    return import_module(f"dpo_fast.kernels.{name}")
+
+
+def logprob(logits: Tensor, target: Tensor, *, inplace_backward: bool = False, backend: Backend = "auto") -> Tensor:
     """Log-probabilities of `target` under softmax(logits).
 
     Args:
@@ -104,7 +119,9 @@ def logprob(logits: Tensor, target: Tensor, *, inplace_backward: bool = False) -
         raise ValueError("inplace_backward: expected contiguous logits; call .contiguous(), or leave it off")
     if inplace_backward and logits.requires_grad and logits.is_leaf:
         raise ValueError("inplace_backward: logits are a leaf, whose values would be lost; leave it off")
-    return _Logprob.apply(logits.reshape(-1, vocab), target.reshape(-1), inplace_backward).view(target.shape)
+    flat = logits.reshape(-1, vocab).contiguous()
+    chosen = choose_backend(backend, logits)
+    return _Logprob.apply(flat, target.reshape(-1).contiguous(), inplace_backward, chosen).view(target.shape)
 
 
 def sequence_logprob(

@@ -1,0 +1,54 @@
+"""Which backend a call takes: by where its tensors are, never by what can be imported."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def choose_backend(backend: Backend, tensor: Tensor) -> Literal["torch", "triton"]:
+    """ "torch" or "triton" for `tensor`, whose device and dtype stand for the call's.
+
+    "auto" is Triton for CUDA tensors of up to 32 bits and PyTorch for all others. A CUDA machine without Triton (there
+    is none for some platforms) is told once that it runs on the slower backend.
+
+    Raises:
+        ValueError: no such backend, or Triton asked for a tensor that it cannot take.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f'backend: expected "auto", "torch" or "triton", got {backend!r}')
+    if backend == "triton":
+        if tensor.dtype == torch.float64:
+            raise ValueError('backend: "triton" takes up to 32 bits; pass backend="torch" for float64')
+        if not tensor.is_cuda and not _interpreted():
+            raise ValueError(f'backend: "triton" expects CUDA tensors, got {tensor.device}; pass backend="auto"')
+        return "triton"
+    if backend == "torch" or not tensor.is_cuda or tensor.dtype == torch.float64:
+        return "torch"
+    return "triton" if _has_triton() else "torch"
+
+
+@cache
+def _has_triton() -> bool:
+    found = find_spec("triton") is not None
+    if not found:
+        warnings.warn(
+            "Triton is not installed: CUDA tensors take the slower torch backend; pip install triton", stacklevel=4
+        )
+    return found
+
+
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors (TRITON_INTERPRET=1, for tests)."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

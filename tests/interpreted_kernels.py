@@ -1,0 +1,201 @@
+"""The Triton kernels in Triton's interpreter, against their plain definitions in fp64; see test_kernels_triton.py."""
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from dpo_fast.kernels import linear_logprob_gpu as gpu
+from dpo_fast.kernels import linear_logprob_triton as kernels
+from dpo_fast.kernels import logprob_triton
+from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref
+from dpo_fast.kernels.logprob import logprob, logprob_ref
+
+# The interpreter keeps bf16 as the 16 bits of an integer; its dot multiplies these integers (Triton 3.9), which
+# is where the infinities of bf16 products came from, and its conversion drops bits where a GPU rounds.
+plain_dot = interpreter.InterpreterBuilder.create_dot
+plain_trunc = interpreter.InterpreterBuilder.create_fp_trunc
+
+
+def widen(handle):
+    if handle.dtype != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def dot(self, a, b, d, *args):
+    return plain_dot(self, widen(a), widen(b), d, *args)
+
+
+def trunc(self, x, dtype):
+    if dtype.scalar != tl.bfloat16 or x.dtype.scalar != tl.float32:
+        return plain_trunc(self, x, dtype)
+    rounded = torch.from_numpy(np.ascontiguousarray(x.data)).to(torch.bfloat16).view(torch.uint16).numpy()
+    return interpreter.TensorHandle(rounded, tl.bfloat16)
+
+
+interpreter.InterpreterBuilder.create_dot = dot
+interpreter.InterpreterBuilder.create_fp_trunc = trunc
+
+small = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_stages": 2, "num_warps": 4}
+for key in kernels.FUSED:
+    kernels.FUSED[key] = small
+kernels.FUSED_FP32.update(small)
+logprob_triton.OPTIONS["BLOCK"] = 64
+
+# Rows out of range overflow on purpose, and NumPy says so.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid|divide by zero).*:RuntimeWarning")
+
+# Half-precision gradients: three roundings to bf16's 8 bits.
+GRADIENT_ERROR = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3.5e-3}
+
+
+def make(n, v, d, dtype, *, spread=1.0, bias=False):
+    generator = torch.Generator().manual_seed(n + v)
+    tensors = {
+        "hidden": torch.randn(n, d, generator=generator),
+        "weight": spread * torch.randn(v, d, generator=generator) / d**0.5,
+    }
+    if bias:
+        tensors["bias"] = torch.randn(v, generator=generator)
+    target = torch.randint(0, v, (n,), generator=generator)
+    return {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}, target
+
+
+def value_and_gradients(function, tensors, target, **options):
+    logp = function(target=target, **tensors, **options)
+    wanted = [x for x in tensors.values() if x.requires_grad]
+    return logp.detach(), torch.autograd.grad((logp * torch.linspace(-1, 2, len(target))).sum(), wanted)
+
+
+def compare(tensors, target, **options):
+    """Values to fp32's accuracy and gradients to their dtype's, against the plain definition in fp64."""
+    doubles = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in tensors.items()}
+    transforms = {k: v for k, v in options.items() if k in ("softcap", "temperature")}
+    want, true_grads = value_and_gradients(linear_logprob_ref, doubles, target, **transforms)
+    got, grads = value_and_gradients(linear_logprob, tensors, target, backend="triton", **options)
+    assert got.dtype == torch.float32
+    assert ((got - want).abs() / want.abs().clamp(min=1)).max() < 2e-6
+    errors = [
+        ((grad.double() - true).norm() / true.norm()).item() for grad, true in zip(grads, true_grads, strict=True)
+    ]
+    assert all(grad.dtype == tensors["hidden"].dtype for grad in grads)
+    assert max(errors) < GRADIENT_ERROR[grads[0].dtype], errors
+    return got
+
+
+@pytest.fixture(params=["fused", "sliced"])
+def _path(request, monkeypatch):
+    monkeypatch.setattr(gpu, "FUSED_MAX_DIM", 3072 if request.param == "fused" else 0)
+    monkeypatch.setattr(gpu, "SLICE_BYTES", 2**13)
+
+
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"softcap": 3.0, "temperature": 0.7}, {"bias": True, "softcap": 5.0}], ids=str
+)
+def test_head(dtype, options):
+    options = dict(options)
+    tensors, target = make(19, 97, 24, dtype, bias=options.pop("bias", False))
+    target[4] = -100
+    compare(tensors, target, **options)
+
+
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 8), (1, 33, 8), (17, 32, 16), (16, 31, 40), (33, 65, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_of_odd_sizes(n, v, d, dtype):
+    if v == 1:
+        tensors, target = make(n, v, d, dtype)
+        assert value_and_gradients(linear_logprob, tensors, target, backend="triton")[0].tolist() == [0]
+    else:
+        compare(*make(n, v, d, dtype))
+
+
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [80.0, 3000.0], ids=["some-rows-out-of-range", "1e4-nats"])
+def test_rows_out_of_range_are_redone(dtype, spread):
+    tensors, target = make(40, 97, 16, dtype, spread=spread)
+    got = compare(tensors, target)
+    assert got.min() < -80
+    if spread == 80:
+        assert got.max() > -60
+
+
+@pytest.mark.parametrize("rows_kept", [0, 1, 16, 39])
+def test_memory_budget(rows_kept, monkeypatch):
+    tensors, target = make(40, 97, 16, torch.bfloat16)
+    monkeypatch.setattr(gpu, "SCRATCH_BYTES", 7 * 208)
+    compare(tensors, target, memory_budget=rows_kept * 208)
+
+
+@pytest.mark.parametrize("spread", [1.0, 80.0])
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=str)
+def test_frozen_head_and_scoring(spread, options, monkeypatch):
+    tensors, target = make(40, 97, 16, torch.bfloat16, spread=spread)
+    tensors["weight"].requires_grad_(False)
+    monkeypatch.setattr(gpu, "SCRATCH_BYTES", 7 * 208)
+    trained = compare(tensors, target, **options)
+    with torch.no_grad():
+        scored = linear_logprob(**tensors, target=target, backend="triton", **options)
+    assert torch.equal(scored, trained)
+
+
+def test_second_backward_and_same_bits():
+    tensors, target = make(19, 97, 24, torch.bfloat16)
+    runs = [linear_logprob(**tensors, target=target, backend="triton").sum() for _ in range(2)]
+    grads = [torch.autograd.grad(run, list(tensors.values()), retain_graph=True) for run in (*runs, runs[0])]
+    assert torch.equal(runs[0], runs[1])
+    for other in grads[1:]:
+        assert all(map(torch.equal, grads[0], other))
+
+
+@pytest.mark.parametrize("tma", [True, False])
+def test_poisoned_memory_is_never_read(tma, monkeypatch):
+    def poisoned(*size, **kwargs):
+        return torch.full(size[0] if isinstance(size[0], tuple | torch.Size) else size, torch.nan, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kw: torch.full_like(x, torch.nan, **kw))
+    monkeypatch.setattr(kernels, "TMA_CAPABILITIES", range(90, 120) if tma else ())
+    compare(*make(19, 97, 24, torch.bfloat16, spread=60))
+
+
+def test_infinite_weights_are_log_softmaxs():
+    tensors, target = make(3, 40, 16, torch.float32)
+    with torch.no_grad():
+        tensors["hidden"].abs_()
+        tensors["weight"][7] = torch.inf
+        assert linear_logprob(**tensors, target=target, backend="triton").isnan().all()
+        tensors["weight"][7] = -torch.inf
+        want = linear_logprob_ref(**tensors, target=target)
+        torch.testing.assert_close(linear_logprob(**tensors, target=target, backend="triton"), want)
+
+
+def test_nothing_to_score():
+    tensors, _ = make(4, 40, 16, torch.float16)
+    got, grads = value_and_gradients(linear_logprob, tensors, torch.full((4,), -1), backend="triton")
+    assert got.tolist() == [0] * 4
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 131), (2, 3, 64)])
+@pytest.mark.parametrize("spread", [1.0, 300.0])
+def test_logprob(dtype, shape, spread):
+    torch.manual_seed(0)
+    base = (spread * torch.randn(shape)).to(dtype).requires_grad_()
+    target = torch.randint(0, shape[-1], shape[:-1])
+    target.view(-1)[-1] = -1 if target.numel() > 1 else 0
+    double = base.detach().double().requires_grad_()
+    want = logprob_ref(double, target)
+    (true_grad,) = torch.autograd.grad(want.sum(), double)
+    for inplace in (False, True):
+        got = logprob(base * 1, target, backend="triton", inplace_backward=inplace)
+        (grad,) = torch.autograd.grad(got.sum(), base)
+        assert ((got - want).abs() / want.abs().clamp(min=1)).max() < 1e-6
+        # z - logsumexp(z) cannot be had more exactly than logsumexp(z) is known.
+        known = double.abs().max().item() * 2**-23
+        assert (grad - true_grad).abs().max() < known + {torch.float32: 1e-6}.get(dtype, 5e-3)
