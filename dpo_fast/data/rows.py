@@ -73,7 +73,7 @@ def _json_lines(lines: Any) -> Iterator[SourceRow]:
         if not line.strip():
             continue
         try:
-            yield SourceRow(index, f"line {number}", json.loads(line))
+            yield SourceRow(index, f"line {number}", json.loads(line.rstrip()))
         except json.JSONDecodeError as error:
             yield SourceRow(index, f"line {number}", None, f"{error.msg} at column {error.colno}")
         index += 1
