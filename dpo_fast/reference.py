@@ -5,14 +5,18 @@ numerics), the prompt's tokens and the answer's tokens. So a new learning rate, 
 and a new model, template or truncation finds none. Values are fp32, one per scored token, so that losses which
 normalise by length or weigh tokens read the same store.
 
-SQLite in WAL mode: atomic, safe against kill -9, several processes at once, no server.
+SQLite in WAL mode: atomic, safe against kill -9, several processes at once, no server. docs/reference_store.md has the
+file's layout and what was measured.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -28,73 +32,140 @@ from dpo_fast.config import UserError
 AnswerLogps = tuple[np.ndarray, ...]
 Score = Callable[[PackedBatch], Tensor]
 
-_SCHEMA = 1
-# Entries of a configuration that say where a model came from or how it is run, not what it computes. Everything else
-# counts, known or not: a needless rescoring is cheaper than a stale score.
-_PROVENANCE = {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"}
+# Entries that say where a model came from or how it is run, not what it computes. Everything else counts, known or
+# not: a needless rescoring is cheaper than a stale score. dtype and architecture are hashed with the weights.
+_PROVENANCE = {
+    *("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"),
+    *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"),
+}
+# What an adapter's layers keep outside of configuration and weights.
+_ADAPTER_STATE = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
 
 
 def model_fingerprint(model: nn.Module, *, numerics: str) -> str:
     """Hash of everything that can move a log-prob.
 
     Args:
-        model: a transformers model, with or without a peft adapter.
+        model: a transformers model, with or without a peft adapter, on any device.
         numerics: compute dtype and versions of attention and head.
+
+    Returns:
+        32 hexadecimal digits of xxh3_128.
+
+    Raises:
+        ValueError: a weight is on the meta device, so its bytes cannot be read.
     """
     digest = xxhash.xxh3_128()
 
     def add(*parts: object) -> None:
-        digest.update(json.dumps(parts, sort_keys=True, default=str).encode() + b"\0")
+        digest.update(json.dumps(_plain(parts), sort_keys=True).encode() + b"\0")
 
-    config = getattr(model, "config", None)
     add(numerics, type(model).__name__)
+    config = getattr(model, "config", None)
     if config is not None:
-        add({key: value for key, value in config.to_dict().items() if key not in _PROVENANCE})
+        add(_without_provenance(config.to_dict()))
     for name, adapter in sorted(getattr(model, "peft_config", {}).items()):
-        add(name, adapter.to_dict())
-    seen: dict[int, str] = {}
+        add(name, _without_provenance(adapter.to_dict()))
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            add(name, [getattr(module, attribute, None) for attribute in _ADAPTER_STATE])
+    seen: dict[tuple[object, ...], str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            add(name, "tied to", seen[tensor.data_ptr()], tuple(tensor.shape))
-            continue
-        seen[tensor.data_ptr()] = name
+        if tensor.is_meta:
+            raise ValueError(f"{name} has no data (meta device): load the model whole before it is hashed")
         add(name, str(tensor.dtype), tuple(tensor.shape))
+        # A tied weight is the same view of the same memory; a transposed or sliced view is not.
+        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and view in seen:
+            add("tied to", seen[view])
+            continue
+        seen[view] = name
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(memoryview(flat.numpy()))
     return digest.hexdigest()
 
 
-class ReferenceStore:
-    """The SQLite file; one table from 16-byte keys to fp32 blobs."""
+def _without_provenance(entries: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in entries.items() if key not in _PROVENANCE}
 
-    def __init__(self, path: Path) -> None:
+
+def _plain(value: object) -> object:
+    """The value as JSON can hold it, the same in every process (sets have no order of their own)."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+class ReferenceStore:
+    """The SQLite file: one table from 16-byte keys to little-endian fp32 blobs."""
+
+    # Written into the file's header: whose it is ("dpof"), and the version of its layout.
+    APPLICATION_ID = 0x64706F66
+    SCHEMA = 2
+    # Below the limit on variables in a statement of the oldest SQLite in use (999).
+    _KEYS_PER_QUERY = 500
+
+    def __init__(self, path: Path, *, busy_timeout: float = 60.0) -> None:
         """Open or make the file.
 
+        Args:
+            path: its folder is made if it is missing.
+            busy_timeout: seconds to wait for another process that is writing.
+
         Raises:
-            UserError: not a store of ours, or a place that cannot be written.
+            UserError: not a store of this version, damaged, or a place that cannot be written.
         """
         self.path = path
+        self._busy_timeout = busy_timeout
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=60)
-            version = self._connection.execute("pragma user_version").fetchone()[0]
-            num_tables = self._connection.execute("select count(*) from sqlite_master").fetchone()[0]
-            if version != _SCHEMA and (version or num_tables):
-                raise UserError(
-                    f"{path} is not a reference store of this version (schema {version}, expected {_SCHEMA}); "
-                    "name another file with --reference_store"
-                )
-            self._connection.execute("pragma journal_mode = wal")
-            self._connection.execute("pragma synchronous = normal")
-            with self._connection:
-                self._connection.execute(
-                    "create table if not exists answers (key blob primary key, logps blob not null) without rowid"
-                )
-                self._connection.execute(f"pragma user_version = {_SCHEMA}")
-        except (sqlite3.Error, OSError) as error:
+        except OSError as error:
             raise UserError(
-                f"{path} cannot be used as the reference store ({error}); name another file with --reference_store"
+                f"the reference store {path} cannot be made ({error}): name another file with --reference_store"
             ) from error
+        with self._explained():
+            # Without an isolation level Python leaves transactions to us: its own would not cover `create table`.
+            self._connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None)
+        try:
+            with self._explained():
+                self._prepare()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _prepare(self) -> None:
+        execute = self._connection.execute
+        with self._connection:
+            execute("begin")  # one snapshot: another process may be making the file right now
+            application, version, tables = (
+                execute(query).fetchone()[0]
+                for query in ("pragma application_id", "pragma user_version", "select count(*) from sqlite_master")
+            )
+        is_empty = not (application or version or tables)
+        if not is_empty and application != self.APPLICATION_ID:
+            raise UserError(
+                f"{self.path} is a SQLite file, but not a reference store of this version: "
+                "name another file with --reference_store"
+            )
+        if not is_empty and version != self.SCHEMA:
+            raise UserError(
+                f"{self.path} is a reference store of schema {version}, expected {self.SCHEMA}: remove it (the scores "
+                "are made anew) or name another file with --reference_store"
+            )
+        execute("pragma journal_mode = wal")
+        # A commit survives the death of the process; the last ones may be lost with the power, and are scored again.
+        execute("pragma synchronous = normal")
+        if is_empty:
+            with self._connection:
+                execute("begin immediate")
+                # A plain table, not `without rowid`: keys are random, so only the small index is written all over.
+                execute("create table if not exists answers (key blob primary key not null, logps blob not null)")
+                execute(f"pragma application_id = {self.APPLICATION_ID}")
+                execute(f"pragma user_version = {self.SCHEMA}")
 
     def __enter__(self) -> ReferenceStore:
         return self
@@ -102,97 +173,179 @@ class ReferenceStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was put stays."""
         self._connection.close()
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """The stored log-probs of those keys that are there."""
-        found = {}
-        for start in range(0, len(keys), 500):
-            part = keys[start : start + 500]
-            marks = ",".join("?" * len(part))
-            try:
-                rows = self._connection.execute(f"select key, logps from answers where key in ({marks})", part)
-                found.update({key: np.frombuffer(blob, dtype="<f4") for key, blob in rows})
-            except sqlite3.Error as error:
-                raise self._broken(error) from error
+        """The stored fp32 log-probs of those keys that are there."""
+        found: dict[bytes, np.ndarray] = {}
+        with self._explained():
+            for start in range(0, len(keys), self._KEYS_PER_QUERY):
+                part = keys[start : start + self._KEYS_PER_QUERY]
+                marks = ",".join("?" * len(part))
+                for key, blob in self._connection.execute(
+                    f"select key, logps from answers where key in ({marks})", part
+                ):
+                    if len(blob) % 4 == 0:  # else damaged, as good as missing
+                        found[key] = np.frombuffer(blob, dtype="<f4")
         return found
 
-    def put(self, items: dict[bytes, np.ndarray]) -> None:
-        """Store all items or none."""
-        rows = [(key, np.ascontiguousarray(logps, dtype="<f4").tobytes()) for key, logps in items.items()]
-        try:
-            with self._connection:
-                self._connection.executemany("insert or replace into answers values (?, ?)", rows)
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
+    def put(self, items: Mapping[bytes, np.ndarray]) -> None:
+        """Store all items or none.
 
-    def _broken(self, error: sqlite3.Error) -> UserError:
-        return UserError(
-            f"the reference store {self.path} failed ({error}); free disk space or repair its folder, or name another "
-            "file with --reference_store"
-        )
+        A value that is there already stays, so that a run which is resumed reads the very numbers it began with,
+        whoever scored the row again meanwhile; only one of another length is damaged, and replaced.
+
+        Raises:
+            UserError: the file cannot be written; what was put before stays.
+        """
+        assert all(np.isfinite(logps).all() for logps in items.values()), "only finite log-probs are stored"
+        rows = [(key, np.ascontiguousarray(logps, dtype="<f4").tobytes()) for key, logps in items.items()]
+        with self._explained(), self._connection:
+            self._connection.execute("begin immediate")
+            self._connection.executemany(
+                "insert into answers (key, logps) values (?, ?) on conflict (key) do update "
+                "set logps = excluded.logps where length(logps) <> length(excluded.logps)",
+                rows,
+            )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn SQLite's errors into messages with a cure."""
+        cures = {
+            sqlite3.SQLITE_NOTADB: "it is not a SQLite file",
+            sqlite3.SQLITE_CORRUPT: "it is damaged; remove it with its -wal and -shm files (the scores are made anew)",
+            sqlite3.SQLITE_READONLY: "make the file and its folder writable",
+            sqlite3.SQLITE_CANTOPEN: "make the file and its folder writable",
+            sqlite3.SQLITE_FULL: "free disk space and run again, nothing stored is lost",
+            sqlite3.SQLITE_IOERR: "free disk space or repair the disk and run again, nothing stored is lost",
+            sqlite3.SQLITE_BUSY: f"another process has been writing it for {self._busy_timeout:g} s; end that one",
+        }
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the kind of error
+            cure = cures.get(code, "it cannot be used")
+            raise UserError(
+                f"the reference store {self.path} failed ({error}): {cure}, or name another file with --reference_store"
+            ) from error
+
+
+@dataclass
+class ScoreStats:
+    """What a `Reference.fill` did: groups and packs scored, their tokens, the seconds that it took."""
+
+    groups: int = 0
+    packs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 class Reference:
     """The scores of one model in a store."""
 
     def __init__(self, store: ReferenceStore, fingerprint: str) -> None:
+        """Take an open store and the `model_fingerprint` of the reference."""
         self._store = store
         self._fingerprint = fingerprint.encode()
 
     def missing(self, groups: Sequence[Group]) -> list[int]:
-        """Indices of the groups that have an answer without scores."""
+        """Indices of the groups that have an answer without scores, or with another number of them."""
         return [i for i, answers in enumerate(self._find(groups)) if answers is None]
 
     def lookup(self, groups: Sequence[Group]) -> list[AnswerLogps]:
-        """For each group its answers' log-probs.
+        """For each group its answers' (A_i,) fp32 log-probs, in the form that `pack(ref_logps=...)` takes.
 
         Raises:
-            UserError: a group is not in the store; zeros are never made up.
+            UserError: a group is not in the store (zeros are never made up), or its scores are damaged.
         """
         found = self._find(groups)
-        for group, answers in zip(groups, found, strict=True):
-            if answers is None:
-                raise UserError(f"row {group.row} has no reference scores in {self._store.path}; score it first")
-        return [answers for answers in found if answers is not None]
+        absent = [group.row for group, answers in zip(groups, found, strict=True) if answers is None]
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise UserError(f"row {absent[0]}{more} has no reference scores in {self._store.path}: score it first")
+        whole = [answers for answers in found if answers is not None]
+        for group, answers in zip(groups, whole, strict=True):
+            if not all(np.isfinite(logps).all() for logps in answers):
+                raise UserError(
+                    f"the stored reference scores of row {group.row} are not finite: {self._store.path} is damaged. "
+                    "Remove it (the scores are made anew), or name another file with --reference_store"
+                )
+        return whole
 
     def fill(
         self,
         groups: Sequence[Group],
         score: Score,
         *,
-        packs: Sequence[Sequence[int]],
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        """Score the groups of `packs` that are missing and commit each pack as soon as it is scored.
+        packs: Sequence[Sequence[int]] | None = None,
+        max_tokens: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> ScoreStats:
+        """Score the groups that are missing, and commit each pack as soon as it is scored.
 
         Args:
             groups: all groups.
-            score: (N,) log-probs of a pack's targets.
-            packs: indices of groups that are scored together. A pack with any group missing is scored whole, so that
-                its numbers are those that the same pack gives in training.
-            progress: called with the number of groups done.
+            score: (N,) log-probs of a pack's targets, in their order.
+            packs: lists of indices into `groups`; others are not scored. A pack that is missing whole is scored as it
+                is given, so that its numbers are bitwise those that the same pack gives in training.
+            max_tokens: budget of the packs that all other missing groups are laid into; by default that of the
+                largest of `packs`.
+            progress: called after each pack with the number of its groups; they add up to what was missing.
 
         Raises:
-            UserError: a score is not finite.
+            UserError: a score is not finite; nothing of its pack was stored.
         """
-        for packed in packs:
+        stats, start = ScoreStats(), time.perf_counter()
+        for packed in self._plan(groups, packs, max_tokens):
             members = [groups[i] for i in packed]
-            num_missing = len(self.missing(members))
-            if not num_missing:
-                continue
-            items = {}
-            for group, answers in zip(members, score_groups(members, score), strict=True):
-                for answer, logps in zip(group.answers, answers, strict=True):
-                    if not np.isfinite(logps).all():
-                        raise UserError(
-                            f"the reference gives row {group.row} a log-prob that is not finite; nothing was stored "
-                            "for its pack. Check the model's weights, or leave the row out"
-                        )
-                    items[self._key(group, answer)] = logps
-            self._store.put(items)
+            # Another process may have scored them since the plan was made.
+            if self.missing(members):
+                self._store.put(self._score(members, score))
+                stats.groups += len(members)
+                stats.packs += 1
+                stats.tokens += sum(group.num_tokens for group in members)
             if progress:
-                progress(num_missing)
+                progress(len(members))
+        stats.seconds = time.perf_counter() - start
+        return stats
+
+    def _plan(
+        self, groups: Sequence[Group], packs: Sequence[Sequence[int]] | None, max_tokens: int | None
+    ) -> list[list[int]]:
+        from dpo_fast.data.packing import best_fit_decreasing
+
+        assert packs is not None or max_tokens is not None, "without packs, their size must be given"
+        if packs is None:
+            packs = [range(len(groups))]
+            fixed: list[list[int]] = []
+            missing = set(self.missing(groups))
+        else:
+            wanted = [i for packed in packs for i in packed]
+            missing = {wanted[i] for i in self.missing([groups[i] for i in wanted])}
+            fixed = [list(packed) for packed in packs if packed and missing.issuperset(packed)]
+        rest = sorted(missing.difference(*fixed))
+        if max_tokens is None:
+            max_tokens = max((sum(groups[i].num_tokens for i in packed) for packed in packs), default=0)
+        bins = best_fit_decreasing([groups[i].num_tokens for i in rest], max_tokens)
+        return fixed + [[rest[i] for i in packed] for packed in bins]
+
+    def _score(self, groups: Sequence[Group], score: Score) -> dict[bytes, np.ndarray]:
+        items = {}
+        for group, answers in zip(groups, score_groups(groups, score), strict=True):
+            for number, (answer, logps) in enumerate(zip(group.answers, answers, strict=True)):
+                if not np.isfinite(logps).all():
+                    place = int(np.flatnonzero(~np.isfinite(logps))[0])
+                    raise UserError(
+                        f"row {group.row}, answer {number}: the reference's log-prob of scored token {place} is "
+                        f"{logps[place]}, expected a finite number. Nothing was stored for its pack. Check the model's "
+                        "weights and dtype, or leave the row out"
+                    )
+                items[self._key(group, answer)] = logps
+        return items
 
     def verify(
         self, groups: Sequence[Group], score: Score, *, tolerance: float, sample: int = 3, seed: int = 0
@@ -202,34 +355,50 @@ class Reference:
         Args:
             groups: candidates; those without scores are passed over.
             score: as for `fill`.
-            tolerance: nats that a token may differ by.
+            tolerance: nats that a token may differ by; packs differ by rounding.
             sample: groups that are looked at.
             seed: of the choice.
 
         Raises:
-            UserError: they differ.
+            UserError: they differ; the message has the row, both values and the cure.
         """
-        stored = [(g, a) for g, a in zip(groups, self._find(groups), strict=True) if a is not None]
-        order = np.random.default_rng(seed).permutation(len(stored))[:sample]
-        for group, answers in (stored[i] for i in order):
-            (again,) = score_groups([group], score)
-            error = max(float(np.abs(a - b).max(initial=0)) for a, b in zip(answers, again, strict=True))
-            if not error <= tolerance:
-                raise UserError(
-                    f"the stored reference scores of row {group.row} differ from the model's by {error:.3g} nats a "
-                    f"token (expected at most {tolerance:g}): {self._store.path} is damaged or was written by other "
-                    "software. Remove it, or name another file with --reference_store"
-                )
+        order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+        for i in self._stored(groups, order, sample):
+            group = groups[i]
+            (stored,), (again,) = self.lookup([group]), score_groups([group], score)
+            for number, (old, new) in enumerate(zip(stored, again, strict=True)):
+                differing = np.flatnonzero(~(np.abs(old - new) <= tolerance))
+                if len(differing):
+                    place = int(differing[0])
+                    raise UserError(
+                        f"the stored reference scores of row {group.row} are not the model's: answer {number}, scored "
+                        f"token {place} has {old[place]:.6g} in {self._store.path}, the model gives {new[place]:.6g} "
+                        f"(expected to agree to {tolerance:g} nats). The file is damaged or was written by other "
+                        "software: remove it (the scores are made anew), or name another file with --reference_store"
+                    )
+
+    def _stored(self, groups: Sequence[Group], order: Sequence[int], count: int) -> list[int]:
+        """The first `count` of `order` that are in the store, found without reading the whole store."""
+        found: list[int] = []
+        for start in range(0, len(order), 64):
+            if len(found) >= count:
+                break
+            part = order[start : start + 64]
+            absent = set(self.missing([groups[i] for i in part]))
+            found += [i for place, i in enumerate(part) if place not in absent]
+        return found[:count]
 
     def _find(self, groups: Sequence[Group]) -> list[AnswerLogps | None]:
         keys = [[self._key(group, answer) for answer in group.answers] for group in groups]
         found = self._store.get([key for answers in keys for key in answers])
         result: list[AnswerLogps | None] = []
         for group, group_keys in zip(groups, keys, strict=True):
-            lengths = [len(answer) - (not len(group.prompt_ids)) for answer in group.answers]
-            answers = [found.get(key) for key in group_keys]
-            whole = all(a is not None and len(a) == n for a, n in zip(answers, lengths, strict=True))
-            result.append(tuple(a for a in answers if a is not None) if whole else None)
+            answers = tuple(
+                logps
+                for key, answer in zip(group_keys, group.answers, strict=True)
+                if (logps := found.get(key)) is not None and len(logps) == num_scored(group, answer)
+            )
+            result.append(answers if len(answers) == len(group.answers) else None)
         return result
 
     def _key(self, group: Group, answer: np.ndarray) -> bytes:
@@ -241,9 +410,16 @@ class Reference:
         return digest.digest()
 
 
+def num_scored(group: Group, answer: np.ndarray) -> int:
+    """Tokens of an answer that have a log-prob: all, but for the first one where there is no prompt before it."""
+    return len(answer) - (len(group.prompt_ids) == 0)
+
+
 def score_groups(groups: Sequence[Group], score: Score) -> list[AnswerLogps]:
     """Score one pack and cut its (N,) log-probs into answers."""
     batch = pack(groups)
-    parts = np.split(score(batch).float().numpy(), batch.cu_answers[1:-1].numpy())
+    logps = score(batch).detach().float().cpu().numpy()
+    assert logps.shape == tuple(batch.targets.shape), "one log-prob per target"
+    parts = np.split(logps, batch.cu_answers[1:-1].numpy())
     bounds = np.cumsum([0, *(len(group.answers) for group in groups)])
     return [tuple(parts[a:b]) for a, b in pairwise(bounds)]
