@@ -119,9 +119,7 @@ def make_parser() -> Parser:
 
 def normalize(argv: list[str]) -> list[str]:
     """Dashes and underscores in option names are the same, and a yes-or-no option alone means yes."""
-    fields = {
-        field.name: field.type for command in COMMANDS.values() for field in dataclasses.fields(command.config)
-    }
+    fields = {field.name: field.type for command in COMMANDS.values() for field in dataclasses.fields(command.config)}
     normal = []
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         name, equals, value = word.removeprefix("--").partition("=")
@@ -133,3 +131,7 @@ def normalize(argv: list[str]) -> list[str]:
         if fields[name] == "bool" and not equals and following.startswith("--"):
             normal.append("true")
     return normal
+
+
+if __name__ == "__main__":
+    sys.exit(main())

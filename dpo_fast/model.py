@@ -29,7 +29,12 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is a GPU, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here: {_first_line(error)}") from error
+    return device
 
 
 def _source(model: str) -> tuple[str, dict[str, Any]]:
