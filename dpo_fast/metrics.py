@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_fast.batch import PackedBatch
 from dpo_fast.losses import PairLogps
 
 PAIR_METRICS = (
@@ -51,6 +55,39 @@ class PairAverage:
         if self._sum is None:
             return {}
         return dict(zip(PAIR_METRICS, (self._sum / self.num_pairs).tolist(), strict=True))
+
+
+class Window:
+    """Figures between two reports: means over pairs, and speeds over the time spent on steps."""
+
+    def __init__(self) -> None:
+        self.learning_rate = 0.0
+        self._average = PairAverage()
+        self._tokens = self._pairs = 0
+        self._start = time.perf_counter()
+
+    def add(self, batch: PackedBatch, metrics: Tensor) -> None:
+        """Count a pack."""
+        self._average.add(metrics)
+        self._tokens += batch.num_tokens
+        self._pairs += batch.num_pairs
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Means, speeds and the learning rate. Waits for the device."""
+        means = self._average.read()
+        seconds = time.perf_counter() - self._start
+        return means | {
+            "learning_rate": self.learning_rate,
+            "tokens_per_second": self._tokens / seconds,
+            "pairs_per_second": self._pairs / seconds,
+        }
 
 
 def peak_memory_gib(device: torch.device) -> float:

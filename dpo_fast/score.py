@@ -31,7 +31,7 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
         raise UserError("no output given: pass --out with the .jsonl file to write")
     tokenizer = load_tokenizer(config.model, config.chat_template)
     groups, report = load_groups(config, tokenizer)
-    console.print(report.render(), highlight=False, markup=False)
+    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
     max_tokens = token_budget(config, groups, pairs=8)
     packs = best_fit_decreasing([group.num_tokens for group in groups], max_tokens)
     scores, _ = reference_logps(config, config.model, groups, packs=packs, console=console)
@@ -42,7 +42,7 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
     ]
     out = Path(config.out)
     write_file_atomically(out, "\n".join(lines) + "\n")
-    console.print(f"{len(lines)} pairs: {out}", highlight=False)
+    console.print(f"{len(lines)} pairs: {out}", highlight=False, soft_wrap=True)
     return out
 
 
@@ -116,8 +116,12 @@ def _fill(
     reference.verify(wanted, policy.score, tolerance=policy.noise)
     missing = reference.missing(wanted)
     if not missing:
-        console.print(f"reference: {len(wanted)} groups, all in the store", highlight=False)
+        console.print(f"reference: {len(wanted)} groups, all in the store", highlight=False, soft_wrap=True)
         return
     with progress_line(console, "reference", len(missing)) as line:
         reference.fill(groups, policy.score, packs=packs, progress=line.advance)
-    console.print(f"reference: {len(missing)} of {len(wanted)} groups scored, the rest in the store", highlight=False)
+    console.print(
+        f"reference: {len(missing)} of {len(wanted)} groups scored, the rest in the store",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,10 +31,11 @@ from dpo_fast.checkpoint import (
     save_state,
     write_folder_atomically,
 )
-from dpo_fast.config import DPOConfig, TrainingError, UserError
+from dpo_fast.config import DPOConfig, UserError
 from dpo_fast.data import StepSampler, best_fit_decreasing, load_groups
-from dpo_fast.losses import LOSSES, PairLogps
-from dpo_fast.metrics import MetricsFile, PairAverage, pair_metrics, peak_memory_gib, read_metrics
+from dpo_fast.guards import FiniteWatch, check_first_step
+from dpo_fast.losses import LOSSES
+from dpo_fast.metrics import MetricsFile, PairAverage, Window, pair_metrics, peak_memory_gib, read_metrics
 from dpo_fast.model import Policy, load_tokenizer, warn_if_weights_cannot_move
 from dpo_fast.optim import make_optimizer, make_schedule
 from dpo_fast.progress import ProgressLine, progress_line
@@ -124,7 +124,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     trainer.eval_packs = eval_packs
     if state:
         trainer.load_state_dict(state)
-        console.print(f"resumed from {checkpoint} at step {trainer.step}", highlight=False)
+        console.print(f"resumed from {checkpoint} at step {trainer.step}", highlight=False, soft_wrap=True)
     start_output(config, output_dir, trainer.step)
     return trainer.run()
 
@@ -188,10 +188,12 @@ class Trainer:
         self.watch.check()
         model_dir = None
         if self.step < self.num_steps:
-            self.console.print(f"stopped by a signal after step {self.step}; go on with --resume auto", highlight=False)
+            self.console.print(
+                f"stopped by a signal after step {self.step}; go on with --resume auto", highlight=False, soft_wrap=True
+            )
         else:
             model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_model)
-            self.console.print(f"trained model: {model_dir}", highlight=False)
+            self.console.print(f"trained model: {model_dir}", highlight=False, soft_wrap=True)
         return TrainResult(model_dir, read_metrics(metrics_path), self.step)
 
     def train_step(self) -> Tensor:
@@ -312,11 +314,11 @@ def load_splits(
 ) -> tuple[list[Group], list[Group]]:
     """Groups to train on and groups to evaluate on; a prompt is never on both sides of `eval_split`."""
     groups, report = load_groups(config, tokenizer)
-    console.print(report.render(), highlight=False, markup=False)
+    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
     if config.eval_data:
         eval_config = DPOConfig(**asdict(config) | {"data": config.eval_data, "max_rows": None})
         eval_groups, eval_report = load_groups(eval_config, tokenizer)
-        console.print(eval_report.render(), highlight=False, markup=False)
+        console.print(eval_report.render(), highlight=False, markup=False, soft_wrap=True)
         return groups, eval_groups
     prompts = {group.prompt_ids.tobytes(): i for i, group in enumerate(groups)}
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -344,6 +346,7 @@ def print_plan(
         f"{len(groups)} groups to train on, {len(eval_groups)} held out; {num_steps} steps of {pairs_per_step} pairs, "
         f"packs of up to {max_tokens} tokens\nprompt sharing: {unshared / shared:.2f}x fewer tokens",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -370,90 +373,6 @@ def backward(policy: Policy, batch: PackedBatch, config: DPOConfig, num_pairs: i
     loss, metrics = loss_and_metrics(policy, batch, config)
     (loss / num_pairs).backward()
     return metrics
-
-
-def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPOConfig, policy: Policy) -> None:
-    """At step 0 the policy is the reference: margins are 0 and the sigmoid loss is ln 2.
-
-    Scored in the same packs the two agree bit for bit. Log-probs found in the store may have been scored in other
-    packs and differ by rounding, at most `noise` nats an answer; anything above means stale or foreign scores.
-
-    Raises:
-        TrainingError: they differ.
-    """
-    zero = torch.zeros(1)
-    longest = max(len(answer) for group in groups for answer in group.answers)
-    at_reference = PairLogps(zero, zero, zero, zero, zero + 1, zero + 1)
-    expected = LOSSES[config.loss_type](at_reference, config.beta, config.label_smoothing).item()
-    noise = (1e-5 if policy.compute_dtype is torch.float32 else 5e-2) * math.sqrt(longest)
-    slope = 1.0 if config.loss_type != "ipo" else 1 / config.beta**2
-    loss_error = abs(metrics["loss"] - expected)
-    margin_error = abs(metrics["rewards/margins"])
-    if not (loss_error <= 1e-6 + slope * config.beta * noise and margin_error <= config.beta * noise):
-        raise TrainingError(
-            f"step 0 is not at the reference: loss {metrics['loss']:.7f} (expected {expected:.7f}), margin "
-            f"{metrics['rewards/margins']:.2e} (expected 0). The stored reference log-probs belong to other weights or "
-            "rows, or the model's forward is not deterministic. Nothing was trained. If --model was changed in place, "
-            "remove the file that --reference_store names and run again"
-        )
-
-
-class FiniteWatch:
-    """Collects flags on the device and reads them only when asked, so that a step need not wait for them."""
-
-    def __init__(self) -> None:
-        self._flags: list[tuple[int, Sequence[int], Tensor]] = []
-
-    def add(self, step: int, rows: Sequence[int], finite: Tensor) -> None:
-        """`finite`: one flag per row, or one for all of them (the gradient)."""
-        self._flags.append((step, rows, finite))
-
-    def check(self) -> None:
-        """Raise a TrainingError that names the first bad step and its rows."""
-        flags, self._flags = self._flags, []
-        for step, rows, finite in flags:
-            if bool(finite.all()):
-                continue
-            what = "gradient" if finite.ndim == 0 else "loss"
-            bad = list(rows) if finite.ndim == 0 else [r for r, ok in zip(rows, finite.tolist(), strict=True) if not ok]
-            raise TrainingError(
-                f"the {what} of step {step} is not finite (data rows, from 0: {', '.join(map(str, bad))}). Nothing was "
-                "saved after it; look at these rows, lower --learning_rate, or go on from the last checkpoint with "
-                "--resume auto"
-            )
-
-
-class Window:
-    """Figures between two reports: means over pairs, and speeds over the time spent on steps."""
-
-    def __init__(self) -> None:
-        self.learning_rate = 0.0
-        self._average = PairAverage()
-        self._tokens = self._pairs = 0
-        self._start = time.perf_counter()
-
-    def add(self, batch: PackedBatch, metrics: Tensor) -> None:
-        """Count a pack."""
-        self._average.add(metrics)
-        self._tokens += batch.num_tokens
-        self._pairs += batch.num_pairs
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        """Means, speeds and the learning rate. Waits for the device."""
-        means = self._average.read()
-        seconds = time.perf_counter() - self._start
-        return means | {
-            "learning_rate": self.learning_rate,
-            "tokens_per_second": self._tokens / seconds,
-            "pairs_per_second": self._pairs / seconds,
-        }
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -16,8 +16,9 @@ FLOORS = [
     {"batch"},
     {"data"},
     {"model", "reference", "checkpoint", "optim", "metrics", "progress", "plots"},
-    {"score"},
+    {"score", "guards"},
     {"trainer"},
+    {"demo_task"},
     {"demo"},
     {"cli"},
 ]

@@ -108,7 +108,7 @@ class Tokenizing:
         if not texts:
             return []
         # A template writes its own special tokens; plain text gets those that the tokenizer adds.
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]  # type: ignore[assignment]
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not chat, verbose=False)["input_ids"]
         for row in ids:
             if self.bos is not None and row[:2] == [self.bos, self.bos]:
                 del row[0]
