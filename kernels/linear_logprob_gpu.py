@@ -232,9 +232,10 @@ class _Gradients:
             return
         if self.weight is None:
             self.weight = torch.zeros_like(self.head.weight, dtype=torch.float32)
-        step = max(SLICE_BYTES // (4 * scaled.shape[1]), 128)
-        for start in range(0, e.shape[1], step):
-            self.weight[start : start + step] += product_fp32(e[:, start : start + step].t(), scaled)
+        if e.is_cuda and e.dtype != torch.float32:
+            torch.addmm(self.weight, e.t(), scaled, out_dtype=torch.float32, out=self.weight)
+        else:
+            self.weight += product_fp32(e.t(), scaled)
 
     def finished_weight(self) -> Tensor | None:
         """(V, D) in the head's dtype, or None if it is not wanted."""

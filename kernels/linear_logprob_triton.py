@@ -34,16 +34,17 @@ FILL, PEAK, REDO = (tl.constexpr(i) for i in range(3))
 # The fused kernel's blocks and launch options, checked by compiling without a GPU (benchmarks/aot.py): no
 # spill, and within the GPU's shared memory. "plain" has no bias, no softcap and no pointer stores, which
 # leaves registers for a larger tile. Compute capabilities that are not listed take the one below.
+# On 10.0 Triton 3.9 cannot lower eight warps with a softcap (TritonNvidiaGPUOptimizeTMemLayoutsPass fails).
 FUSED = {
     (80, "plain"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_stages": 4, "num_warps": 8},
     (80, "rich"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_stages": 4, "num_warps": 8},
     (90, "plain"): {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8},
     (90, "rich"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8},
     (100, "plain"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8},
-    (100, "rich"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8},
+    (100, "rich"): {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 4, "num_warps": 4},
 }
 # fp32 comes here to redo rows only, with products in full fp32.
-FUSED_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_stages": 2, "num_warps": 4}
+FUSED_FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
 # Consumer Blackwell (12.x) has TMA but Ampere's shared memory and tensor cores.
 TMA_CAPABILITIES = range(90, 120)
 # Triton 3.10 changes the default: contraction of a·b + c is wanted, and stated.
@@ -223,6 +224,8 @@ def fused_options(hidden: Tensor, mode: int, *, rich: bool) -> dict[str, Any]:
 def _capability(hidden: Tensor) -> int:
     if not hidden.is_cuda:
         return 90
+    if torch.version.hip is not None:
+        return 80
     major, minor = torch.cuda.get_device_capability(hidden.device)
     return 10 * major + minor
 

@@ -1,0 +1,216 @@
+"""Compile every Triton kernel, as the launchers launch it, for GPUs that need not be there; fail on what would be slow.
+
+    python benchmarks/aot.py --arch sm_90a
+
+The launchers run on tensors without memory ("meta") at the sizes of a real head, and every launch that they make is
+caught and compiled, so that this list cannot drift from what runs. A row of the table is one such variant: registers a
+thread, spilled bytes, shared memory, and how many matrix (WGMMA, tcgen05, HMMA) and TMA instructions the machine code
+has. It fails (exit code 1) on a spill, on shared memory over the GPU's limit, and on an sm_90a product without WGMMA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dpo_fast.kernels import linear_logprob_gpu, linear_logprob_triton, logprob_triton
+from dpo_fast.kernels.linear_logprob_torch import Head
+
+# Architecture: compile target, compute capability that the launchers are told, bytes of shared memory a block may have.
+ARCHITECTURES = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 80, 166_912),
+    "sm_89": (GPUTarget("cuda", 89, 32), 89, 101_376),
+    "sm_90a": (GPUTarget("cuda", 90, 32), 90, 232_448),
+    "sm_100a": (GPUTarget("cuda", 100, 32), 100, 232_448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 80, 65_536),
+}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+ROWS, VOCAB = 8192, 128_256
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the types, constants and options of one launch."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name and what tells its variants apart."""
+        constants = dict(self.constants)
+        types = dict(self.signature)
+        parts = [self.kernel.__name__.removesuffix("_kernel"), next(t for t in types.values() if t.startswith("*"))[1:]]
+        if "MODE" in constants:
+            parts.append(("fill", "peak", "redo")[constants["MODE"]])
+        if "e_ptr" in types:
+            parts.append("keep" if "e_ptr" not in constants else "")
+        parts += [key[4:].lower() for key in ("HAS_BIAS", "HAS_CAP") if constants.get(key)]
+        blocks = [str(constants[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if k in constants]
+        stages = dict(self.options).get("num_stages")
+        return " ".join(filter(None, [*parts, "x".join(blocks), f"s{stages}" if stages else ""]))
+
+
+def typed(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+    """The variant that a launch asks for."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values.update((k, v) for k, v in kwargs.items() if k in kernel.arg_names)
+    signature, constants, divisible = {}, {}, []
+    for index, parameter in enumerate(kernel.params):
+        value = getattr(values[parameter.name], "value", values[parameter.name])
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            divisible.append(index)
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            divisible += [index] if value % 16 == 0 else []
+    options = tuple((k, kwargs[k]) for k in LAUNCH_OPTIONS if k in kwargs)
+    return Variant(kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), options)
+
+
+def launches(capability: int) -> list[Variant]:
+    """Every variant that training and scoring launch on a GPU of that compute capability."""
+    caught: dict[str, Variant] = {}
+
+    def catch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        variant = typed(kernel, args, kwargs)
+        # Launches that differ in nothing but the divisibility of a size are one variant here.
+        caught.setdefault(variant.name, variant)
+
+    with (
+        mock.patch.object(JITFunction, "run", catch),
+        mock.patch.object(linear_logprob_triton, "_capability", return_value=capability),
+        mock.patch.object(linear_logprob_triton, "_num_programs", return_value=132),
+    ):
+        for hidden, head in heads():
+            target = torch.empty(ROWS, dtype=torch.int64, device="meta")
+            for budget, frozen in ((2**40, False), (0, False), (0, True)):
+                _, state = linear_logprob_gpu.forward(head, hidden, target, budget, frozen=frozen)
+                grad = torch.empty(ROWS, device="meta")
+                linear_logprob_gpu.backward(head, hidden, target, state, grad, (True, not frozen, False))
+        for dtype in (torch.bfloat16, torch.float32):
+            logits = torch.empty(ROWS, VOCAB, dtype=dtype, device="meta")
+            target = torch.empty(ROWS, dtype=torch.int64, device="meta")
+            logp, lse = logprob_triton.forward(logits, target)
+            logprob_triton.backward(logits, target, lse, logp, logp, logits)
+    return list(caught.values())
+
+
+def heads() -> Iterator[tuple[torch.Tensor, Head]]:
+    """Heads of each dtype, on both sides of the choice between the fused and the sliced product."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dim in (2048, 4096):
+            hidden = torch.empty(ROWS, dim, dtype=dtype, device="meta")
+            weight = torch.empty(VOCAB, dim, dtype=dtype, device="meta")
+            bias = torch.empty(VOCAB, dtype=dtype, device="meta")
+            yield hidden, Head(weight, None, None, 1.0, torch.float32)
+            yield hidden, Head(weight, bias, 30.0, 1.0, torch.float32)
+
+
+def nvidia_figures(binary: bytes) -> dict[str, int]:
+    """Registers, spilled bytes and instruction counts of a cubin, by the tools that Triton brings."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tools / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", []))
+        )
+
+    def total(pattern: str) -> int:
+        return sum(int(n) for n in re.findall(pattern, usage))
+
+    return {
+        "registers": total(r"REG:(\d+)"),
+        "spills": total(r"STACK:(\d+)") + total(r"LOCAL:(\d+)"),
+        "wgmma": len(re.findall(r"\bHGMMA", sass)),
+        "mma": len(re.findall(r"\b(?:HMMA|UTC\w*MMA)", sass)),
+        "tma": len(re.findall(r"\bUTMA(?:LDG|STG)", sass)),
+    }
+
+
+def amd_figures(assembly: str) -> dict[str, int]:
+    """The same of AMD's assembly; there is no WGMMA and no TMA."""
+    found = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
+    return {
+        "registers": found.get("vgpr_count", 0),
+        # Spilled scalar registers go to vector registers, not to memory.
+        "spills": found.get("vgpr_spill_count", 0),
+        "wgmma": 0,
+        "mma": len(re.findall(r"v_mfma", assembly)),
+        "tma": 0,
+    }
+
+
+def check(variant: Variant, arch: str) -> tuple[dict[str, int], list[str]]:
+    """Compile one variant; its figures, and what is wrong with them."""
+    target, _, limit = ARCHITECTURES[arch]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in variant.divisible}
+    source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
+    compiled = triton.compile(source, target=target, options=dict(variant.options))
+    is_amd = target.backend == "hip"
+    figures = amd_figures(compiled.asm["amdgcn"]) if is_amd else nvidia_figures(compiled.asm["cubin"])
+    figures["shared"] = compiled.metadata.shared
+    faults = []
+    if figures["spills"]:
+        faults.append("spills")
+    if figures["shared"] > limit:
+        faults.append(f"shared memory over {limit}")
+    is_product = "tensordesc" in str(variant.signature)
+    if arch == "sm_90a" and is_product and not figures["wgmma"]:
+        faults.append("a product without WGMMA")
+    return figures, faults
+
+
+def main() -> int:
+    """Print the table; 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    nvidia = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
+    parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=nvidia)
+    columns = ("registers", "spills", "shared", "wgmma", "mma", "tma")
+    wrong = 0
+    for arch in parser.parse_args().arch:
+        print(f"\n{arch:48}" + "".join(f"{column:>10}" for column in columns))
+        for variant in launches(ARCHITECTURES[arch][1]):
+            figures, faults = check(variant, arch)
+            wrong += bool(faults)
+            row = "".join(f"{figures[column]:>10}" for column in columns)
+            print(f"{variant.name:48}{row}  {', '.join(faults)}", flush=True)
+    print(f"\ntriton {triton.__version__}: " + (f"{wrong} variants fail" if wrong else "all variants pass"))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
