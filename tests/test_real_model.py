@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def scored():
     """Groups, the policy, and the sums of an unpacked, unpadded forward with an fp64 log-softmax."""
-    config = DPOConfig(model=MODEL, data=str(DATA), max_length=512, max_rows=6)
+    config = DPOConfig(model=MODEL, data=str(DATA), max_length=512, max_rows=4)
     groups, _ = load_groups(config, load_tokenizer(MODEL))
     policy = Policy.load(config)
     policy.model.set_attn_implementation("sdpa")
@@ -45,8 +45,7 @@ def scored():
     return groups, policy, np.array(sums).reshape(-1, 2)
 
 
-@pytest.mark.parametrize("budget", [1, 1500, 10**6])
-@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize(("budget", "seed"), [(1, None), (1500, 1), (10**6, 2)])
 def test_log_probs_are_exact_in_every_order_and_token_budget(scored, budget, seed):
     groups, policy, want = scored
     order = np.arange(len(groups)) if seed is None else np.random.default_rng(seed).permutation(len(groups))
@@ -66,7 +65,7 @@ def test_a_token_spans_no_boundary(scored):
 
     groups, _, _ = scored
     tokenizer = load_tokenizer(MODEL)
-    rows = [json.loads(line) for line in DATA.read_text().splitlines()[:6]]
+    rows = [json.loads(line) for line in DATA.read_text().splitlines()[:4]]
     for group in groups:
         row = rows[group.row]
         for answer, side in zip(group.answers, ("chosen", "rejected"), strict=True):
