@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
     torch.int64: "i64",
     torch.int32: "i32",
 }
@@ -71,6 +72,8 @@ class Variant:
         if "e_ptr" in types:
             parts.append("keep" if "e_ptr" not in constants else "")
         parts += [key[4:].lower() for key in ("HAS_BIAS", "HAS_CAP") if constants.get(key)]
+        if constants.get("STATS") or types.get("square_ptr", "constexpr") != "constexpr":
+            parts.append("stats")
         blocks = [str(constants[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if k in constants]
         stages = dict(self.options).get("num_stages")
         return " ".join(filter(None, [*parts, "x".join(blocks), f"s{stages}" if stages else ""]))
@@ -108,17 +111,24 @@ def launches(capability: int) -> list[Variant]:
         # Launches that differ in nothing but the divisibility of a size are one variant here.
         caught.setdefault(variant.name, variant)
 
+    def all_ways(key: str, default: str, ways: dict[str, Callable[[], None]], device: torch.device) -> str:
+        for way in ways.values():
+            way()
+        return default
+
     with (
         mock.patch.object(JITFunction, "run", catch),
+        mock.patch.object(linear_logprob_gpu, "choose", all_ways),
         mock.patch.object(linear_logprob_triton, "_capability", return_value=capability),
         mock.patch.object(linear_logprob_triton, "_num_programs", return_value=132),
     ):
         for hidden, head in heads():
             target = torch.empty(ROWS, dtype=torch.int64, device="meta")
             for budget, frozen in ((2**40, False), (0, False), (0, True)):
-                _, state = linear_logprob_gpu.forward(head, hidden, target, budget, frozen=frozen)
+                _, state, _ = linear_logprob_gpu.forward(head, hidden, target, budget, frozen=frozen)
                 grad = torch.empty(ROWS, device="meta")
                 linear_logprob_gpu.backward(head, hidden, target, state, grad, (True, not frozen, False))
+            linear_logprob_gpu.forward(head, hidden, target, 2**40, want_stats=True)
         for dtype in (torch.bfloat16, torch.float32):
             logits = torch.empty(ROWS, VOCAB, dtype=dtype, device="meta")
             target = torch.empty(ROWS, dtype=torch.int64, device="meta")

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from environment import environment
 from torch import Tensor
 
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref
 
+PACKAGES = ("dpo-fast", "torch", "triton", "trl", "liger-kernel")
 BETA = 0.1
 TOLERANCE = 1e-4
 Contestant = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -98,21 +98,6 @@ def measure(names: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    versions = {}
-    for package in ("torch", "triton", "trl", "liger-kernel"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x), cpu)
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions}
-
-
 def main() -> int:
     """Check, time, print and write; 1 if ours is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,7 +132,9 @@ def main() -> int:
         print(f"{name:12} {speed}   error {worst:.0e}")
     if args.out:
         shape = {"vocab": args.vocab, "dim": args.dim, "rows": args.rows, "rounds": args.rounds}
-        args.out.write_text(json.dumps({"machine": machine(), **shape, "results": results}, indent=2) + "\n")
+        args.out.write_text(
+            json.dumps({"environment": environment(PACKAGES), **shape, "results": results}, indent=2) + "\n"
+        )
     return 0 if "dpo-fast" in timed else 1
 
 

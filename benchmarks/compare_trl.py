@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from environment import environment
 
 SETTINGS = {"max_length": 512, "learning_rate": 1e-6, "beta": 0.1, "seed": 42, "lr_scheduler_type": "linear"}
 CONTESTANTS = {
@@ -166,21 +166,12 @@ def main() -> None:
     check_agreement(results)
     print(table(results))
     if arguments.out:
-        packages = ("torch", "transformers", "trl", "dpo-fast")
         record = {
-            "command": "python benchmarks/compare_trl.py " + " ".join(sys.argv[1:]),
-            "machine": {"processor": platform.processor() or platform.machine(), "cores": _cores()},
-            "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+            "environment": environment(("dpo-fast", "torch", "transformers", "trl")),
             "settings": SETTINGS | {"steps": arguments.steps, "pairs": arguments.pairs, "micro": arguments.micro},
             "results": results,
         }
         Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _cores() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 if __name__ == "__main__":

@@ -21,15 +21,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from environment import environment
 from torch import Tensor
 
-from dpo_fast.kernels import linear_logprob_gpu
+from dpo_fast.kernels import autotune, linear_logprob_gpu
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from dpo_fast.kernels.logprob import logprob
 
@@ -59,6 +59,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 def check_errors() -> dict[str, Any]:
     """Errors of ours, by both paths, and of PyTorch's bf16 path, against fp64."""
     table: dict[str, Any] = {}
+    autotune.enabled = False
     for vocab, dim, spread in ((32_000, 512, 2.0), (32_000, 2048, 20.0), (128_256, 512, 2.0), (128_256, 2048, 60.0)):
         hidden, weight, target = make(256, vocab, dim, spread)
         exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -180,12 +181,13 @@ def head_contestants(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str
 
 
 def time_head(rows: int, vocab: int, dim: int) -> dict[str, Any]:
-    """Milliseconds, shares of the bare products and extra memory, by both paths."""
+    """Milliseconds, shares of the bare products and extra memory, by each path and by the one that is chosen."""
     hidden, weight, target = make(rows, vocab, dim)
     contestants = head_contestants(hidden, weight, target)
     out: dict[str, Any] = {}
-    for path, limit in (("fused", 10**9), ("sliced", 0)):
+    for path, limit in (("fused", 10**9), ("sliced", 0), ("chosen by autotune", 0)):
         linear_logprob_gpu.FUSED_MAX_DIM = limit
+        autotune.enabled = path.startswith("chosen")
         ms = interleaved(contestants)
         shares = {"train": 3, "train, 2 GiB budget": 3, "frozen head": 2, "score": 1}
         out[path] = {
@@ -227,13 +229,8 @@ def machine() -> dict[str, Any]:
         card = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
         card = f"{torch.cuda.get_device_name()} (nvidia-smi: {error})"
-    versions = {}
-    for package in ("torch", "triton", "trl", "liger-kernel"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"card": card, "versions": versions, "cuda": torch.version.cuda}
+    packages = ("dpo-fast", "torch", "triton", "trl", "liger-kernel")
+    return {"card": card, "cuda": torch.version.cuda, **environment(packages)}
 
 
 def main() -> int:

@@ -6,9 +6,7 @@ README.md lists the few that differ. The command line, YAML files and Python rea
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
@@ -69,6 +67,7 @@ class ModelConfig:
         bf16: run the forward and backward in bfloat16 autocast; null is true on a GPU, false on a CPU.
         max_tokens_per_batch: token budget of one pack; null is twice `max_length`, so that any pair fits.
         head_memory_budget_gib: GiB that the LM head may hold for its exponentials.
+        autotune: on a GPU, time the head's kernels once for each size and keep the fastest; false takes the defaults.
         reference_store: SQLite file of reference log-probs; null is `reference.sqlite` in the user's cache folder.
     """
 
@@ -78,6 +77,7 @@ class ModelConfig:
     bf16: bool | None = None
     max_tokens_per_batch: int | None = None
     head_memory_budget_gib: float = 2.0
+    autotune: bool = True
     reference_store: str | None = None
 
 
@@ -174,8 +174,3 @@ class DPOConfig(ModelConfig, DataConfig):
     overwrite: bool = False
     seed: int = 42
     dry_run: bool = False
-
-
-def cache_dir() -> Path:
-    """The user's cache folder of dpo-fast (`$XDG_CACHE_HOME/dpo-fast`, else `~/.cache/dpo-fast`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-fast"

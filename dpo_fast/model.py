@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo_fast.batch import Group, PackedBatch, pack
 from dpo_fast.config import ModelConfig, UserError
+from dpo_fast.kernels import autotune
 from dpo_fast.kernels.linear_logprob import linear_logprob
 from dpo_fast.kernels.prefix_attention import PrefixLayout, prefix_attention, prefix_layout
 
@@ -150,6 +151,7 @@ class Policy:
     def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
         """Load `name`, by default `config.model`, as the configuration says."""
         device = pick_device(config.device)
+        autotune.enabled = config.autotune
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
         return cls(

@@ -266,7 +266,9 @@ class Reference:
         absent = [group.row for group, answers in zip(groups, found, strict=True) if answers is None]
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            raise UserError(f"row {absent[0]}{more} has no reference scores in {self._store.path}: score it first")
+            raise UserError(
+                f"no reference scores for row {absent[0]}{more} in {self._store.path}: score the data first"
+            )
         whole = [answers for answers in found if answers is not None]
         for group, answers in zip(groups, whole, strict=True):
             if not all(np.isfinite(logps).all() for logps in answers):

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from dpo_fast.batch import Group
 from dpo_fast.checkpoint import write_file_atomically
-from dpo_fast.config import ModelConfig, ScoreConfig, UserError, cache_dir
+from dpo_fast.config import ModelConfig, ScoreConfig, UserError
 from dpo_fast.data import best_fit_decreasing, load_groups
+from dpo_fast.kernels.autotune import cache_dir
 from dpo_fast.model import Policy, check_packed_forward, load_tokenizer
 from dpo_fast.progress import progress_line
 from dpo_fast.reference import AnswerLogps, Reference, ReferenceStore, model_fingerprint

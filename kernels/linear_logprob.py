@@ -14,9 +14,9 @@ product with the head. Take it as anchor:
 E is made once, in the forward, without a row maximum, a log-softmax or a second pass; the backward is its two
 bare products. Leaving the target out of S and using log1p keeps relative accuracy for confident tokens, whose
 log-probs are differences of nearly equal numbers in the usual form. bf16 and fp32 share their exponent range,
-which lets E be kept unnormalised; a row whose odds leave the range (2^100, or 69 nats against its target)
-takes its largest logit m as anchor, for which S + e^(z_y - m) stands in the place of 1 + S, and stays exact
-at any distance.
+which lets E be kept unnormalised; a row whose odds leave the range (2^46, or 32 nats against its target) is made
+again in fp64 with its largest logit m as anchor, for which S + e^(z_y - m) stands in the place of 1 + S, and stays
+exact at any distance.
 
 N rows, V vocabulary, D hidden size. Three products of 2·N·V·D flop (two for a frozen head, one to score);
 memory: the kept exponentials, at most `memory_budget`. Rows over the budget pay one product more, in the
@@ -26,6 +26,7 @@ Kernel" (2024), arXiv:2410.10989; Wijmans et al., "Cut Your Losses" (2024), arXi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -36,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from dpo_fast.kernels import linear_logprob_torch
 from dpo_fast.kernels.backends import Backend, choose_backend
 from dpo_fast.kernels.linear_logprob_torch import Head
+from dpo_fast.kernels.token_stats import TokenStats
 
 
 def linear_logprob_ref(
@@ -66,32 +68,52 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        softcap: float | None,
-        scale: float,
-        memory_budget: int,
-        backend: str,
-    ) -> Tensor:
+        main_grad: Tensor | None,
+        call: _Call,
+    ) -> tuple[Tensor, ...]:
         wants_hidden, *wants_head = ctx.needs_input_grad[:3]
-        module = _implementation(backend)
-        head = Head(weight, bias, softcap, scale, _product_dtype(hidden))
         frozen = wants_hidden and not any(wants_head)
-        logp, ctx.state = module.forward(head, hidden, target, memory_budget, frozen=frozen)
+        head = call.head(hidden, weight, bias)
+        logp, ctx.state, stats = call.module.forward(
+            head, hidden, target, call.memory_budget, frozen=frozen, want_stats=call.want_stats
+        )
         ctx.save_for_backward(hidden, weight, bias, target)
-        ctx.softcap, ctx.scale, ctx.module = softcap, scale, module
-        return logp
+        ctx.call, ctx.main_grad = call, main_grad
+        ctx.mark_non_differentiable(*(stats or ()))
+        return logp, *(stats or ())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target = ctx.saved_tensors
-        head = Head(weight, bias, ctx.softcap, ctx.scale, _product_dtype(hidden))
-        gradients = ctx.module.backward(head, hidden, target, ctx.state, grad, ctx.needs_input_grad[:3])
-        return *gradients, None, None, None, None, None
+        head = ctx.call.head(hidden, weight, bias)
+        gradients = ctx.call.module.backward(
+            head, hidden, target, ctx.state, grad, ctx.needs_input_grad[:3], ctx.main_grad
+        )
+        return *gradients, None, None, None
 
 
-def _implementation(backend: str) -> Any:
-    """The module that makes forward and backward; Triton's is imported when it is first used."""
-    return linear_logprob_torch if backend == "torch" else import_module("dpo_fast.kernels.linear_logprob_gpu")
+@dataclass(frozen=True)
+class _Call:
+    """The settings of one call."""
+
+    softcap: float | None
+    scale: float
+    memory_budget: int
+    backend: str
+    want_stats: bool
+
+    @property
+    def module(self) -> Any:
+        """What makes forward and backward; Triton's is imported when it is first used."""
+        if self.backend == "torch":
+            return linear_logprob_torch
+        return import_module("dpo_fast.kernels.linear_logprob_gpu")
+
+    def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+        """The head, with the dtype of the products."""
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return Head(weight, bias, self.softcap, self.scale, dtype)
 
 
 def linear_logprob(
@@ -104,58 +126,87 @@ def linear_logprob(
     temperature: float = 1.0,
     backend: Backend = "auto",
     memory_budget: int = 2 * 2**30,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """Log-probabilities of `target` under softmax(cap(hidden·weightᵀ + bias) / temperature).
 
     Args:
         hidden: (N, D) floating point; N may be 0.
         weight: (V, D), the LM head.
-        target: (N,) int64; a negative target is left out: its log-prob is 0.0 and it has no gradient. Rows
-            that are left out cost a copy of the others, and no product.
+        target: (N,) int64; a negative target is left out: its log-prob is 0.0 and it has no gradient. Rows that
+            are left out cost a copy of the others, and no product.
         bias: (V,) or None.
         softcap: cap(x) = softcap · tanh(x / softcap), as in Gemma 2; None for none.
         temperature: divides the capped logits.
-        backend: "torch", "triton" (CUDA), or "auto": Triton for CUDA tensors where it is installed, else
-        torch. memory_budget: bytes that may be kept from the forward for the backward. Rows that do not fit
-        are computed
+        backend: "torch", "triton" (CUDA), or "auto": Triton for CUDA tensors where it is installed, else torch.
+        memory_budget: bytes that may be kept from the forward for the backward. Rows that do not fit are computed
             again in the backward: slower, and the same result.
+        main_grad: (V, D) in fp32 (fp64 if `hidden` is) that the backward adds dW to, for those who keep gradients
+            themselves or tie the head to the embeddings; `weight`, which must ask for a gradient, then gets none here.
 
     Returns:
-        (N,) natural-log probabilities in fp32 (fp64 if `hidden` is), differentiable once in `hidden`,
-        `weight` and `bias`, whose gradients have their own dtypes; sums over rows are made in fp32. Where
-        nothing needs a gradient nothing is kept, and at most 64 MiB is used.
+        (N,) natural-log probabilities in fp32 (fp64 if `hidden` is), differentiable once in `hidden`, `weight` and
+        `bias`, whose gradients have their own dtypes; sums over rows are made in fp32. Where nothing needs a gradient
+        nothing is kept, and at most 64 MiB is used.
 
         Infinities follow PyTorch's log_softmax: a logit of +inf gives NaN, one of -inf has probability 0.
 
     Raises:
         ValueError: a shape, dtype, device or range is wrong; the message names the argument.
     """
+    options = (bias, softcap, temperature, backend, memory_budget, main_grad)
+    return _linear_logprob(hidden, weight, target, *options, want_stats=False)[0]
+
+
+def linear_logprob_with_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: Backend = "auto",
+    memory_budget: int = 2 * 2**30,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """`linear_logprob` and, from the same pass over the head, each row's `TokenStats`, which have no gradient."""
+    options = (bias, softcap, temperature, backend, memory_budget, main_grad)
+    logp, *stats = _linear_logprob(hidden, weight, target, *options, want_stats=True)
+    return logp, TokenStats(*stats)
+
+
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    backend: Backend,
+    memory_budget: int,
+    main_grad: Tensor | None,
+    *,
+    want_stats: bool,
+) -> tuple[Tensor, ...]:
+    """Log-probs and, if they are wanted, the figures of `TokenStats`."""
     _check(hidden, weight, target, bias, softcap, temperature)
-    chosen = choose_backend(backend, hidden)
+    _check_main_grad(hidden, weight, main_grad)
+    call = _Call(softcap, 1 / temperature, memory_budget, choose_backend(backend, hidden), want_stats)
     rows = _live_rows(target, weight.shape[0])
+    live = target
     if rows is not None:
-        live = linear_logprob(
-            hidden[rows],
-            weight,
-            target[rows],
-            bias=bias,
-            softcap=softcap,
-            temperature=temperature,
-            backend=backend,
-            memory_budget=memory_budget,
-        )
-        return live.new_zeros(target.shape[0]).index_put((rows,), live)
-    if chosen == "triton":
+        hidden, live = hidden[rows], target[rows]
+    if call.backend == "triton":
         weight = weight.to(hidden.dtype)
-    inputs, scale = (hidden, weight, bias), 1 / temperature
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
-        head = Head(weight, bias, softcap, scale, _product_dtype(hidden))
-        return _implementation(chosen).forward(head, hidden, target, 0)[0]
-    return _LinearLogprob.apply(*inputs, target, softcap, scale, memory_budget, chosen)
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        results = _LinearLogprob.apply(hidden, weight, bias, live, main_grad, call)
+    else:
+        logp, _, stats = call.module.forward(call.head(hidden, weight, bias), hidden, live, 0, want_stats=want_stats)
+        results = (logp, *(stats or ()))
+    if rows is None:
+        return results
+    return tuple(x.new_zeros(target.shape[0]).index_put((rows,), x) for x in results)
 
 
 def _live_rows(target: Tensor, vocab: int) -> Tensor | None:
@@ -166,6 +217,19 @@ def _live_rows(target: Tensor, vocab: int) -> Tensor | None:
     if high >= vocab:
         raise ValueError(f"target: expected token ids below the {vocab} rows of weight, got {high}")
     return (target >= 0).nonzero()[:, 0] if low < 0 else None
+
+
+def _check_main_grad(hidden: Tensor, weight: Tensor, main_grad: Tensor | None) -> None:
+    if main_grad is None:
+        return
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if main_grad.shape != weight.shape or main_grad.dtype != dtype or main_grad.device != weight.device:
+        raise ValueError(
+            f"main_grad: expected {tuple(weight.shape)} {dtype} on {weight.device}, got {tuple(main_grad.shape)} "
+            f"{main_grad.dtype} on {main_grad.device}"
+        )
+    if not weight.requires_grad:
+        raise ValueError("main_grad: weight asks for no gradient, so there is nothing to add; set requires_grad")
 
 
 def _check(

@@ -14,19 +14,22 @@ make their tiles again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from dpo_fast.kernels.token_stats import StatsSums, TokenStats
 
 # 2^21 fp32 exponentials, 8 MiB: a share of the last-level cache, and enough for a product at full speed.
 TILE = 2**21
 MAX_ROWS = 1024
 # 2^22 fp32 weights, 16 MiB, is the largest slice of a half-precision head that is converted at a time.
 WEIGHT_TILE = 2**22
-# 69 nats against the target. Beyond, v ⊙ H would near fp32's smallest numbers: the maximum becomes the anchor.
-MAX_ODDS = 2.0**100
+# 32 nats against the target. Beyond, fp32's roundings of z - z_y would show in the fifth digit behind the point: such
+# rows, which are very rare, are made again in fp64 with their largest logit as anchor.
+MAX_ODDS = 2.0**46
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,10 @@ class Head:
         return slope
 
     def target_logits(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(R,) logit of every row's target and its slope: one dot product a row, before any tile is made."""
-        product = (hidden.to(self.dtype) * self.weight[target].to(self.dtype)).sum(1)
+        """(R,) fp64 logit of every row's target and its slope: one dot product a row, before any tile is made."""
+        product = (hidden.double() * self.weight[target].double()).sum(1)
         if self.bias is not None:
-            product += self.bias[target].to(self.dtype)
+            product += self.bias[target].double()
         product *= self.scale if self.softcap is None else 1 / self.softcap
         slope = self.cap_(product)
         return product, slope
@@ -97,11 +100,13 @@ class State:
     Attributes:
         blocks: slices of rows.
         columns: slices of the vocabulary.
-        anchor: (N,) what is subtracted from a row's logits.
+        anchor: (N,) what is subtracted from a row's logits: a rounded z_y, or the largest logit.
         odds: (N,) S, the sum of a row's exponentials without its target's.
         total: (N,) S + e^(z_y - anchor).
         kept: exponentials of the first blocks, one flat tensor each; fewer than blocks where the budget ran out.
         unit_grad: (N, D) d logp / d hidden, for a head without gradient, whose exponentials need not be kept; or None.
+        sums: of `TokenStats`, or None where they are not wanted.
+        lost: for each block the rows in it that were made again in fp64.
     """
 
     blocks: list[slice]
@@ -111,6 +116,8 @@ class State:
     total: Tensor
     kept: list[Tensor]
     unit_grad: Tensor | None
+    sums: StatsSums | None
+    lost: list[Tensor] = field(default_factory=list)
 
     def tile(self, k: int, columns: slice) -> Tensor:
         """An (R, C) tile of block k: the kept one, or an empty one."""
@@ -122,8 +129,8 @@ class State:
 
 
 def forward(
-    head: Head, hidden: Tensor, target: Tensor, memory_budget: int, *, frozen: bool = False
-) -> tuple[Tensor, State]:
+    head: Head, hidden: Tensor, target: Tensor, memory_budget: int, *, frozen: bool = False, want_stats: bool = False
+) -> tuple[Tensor, State, TokenStats | None]:
     """Log-probs of the targets.
 
     Args:
@@ -132,9 +139,10 @@ def forward(
         target: (N,) int64, all of them in 0 .. V - 1.
         memory_budget: bytes that kept exponentials may take; 0 keeps none.
         frozen: keep d logp / d hidden instead; for a head that has no gradient.
+        want_stats: also make the rows' `TokenStats`.
 
     Returns:
-        (N,) log-probs in `head.dtype`, and what `backward` needs.
+        (N,) log-probs in `head.dtype`, what `backward` needs, and the figures if they are wanted.
     """
     num_rows, vocab = hidden.shape[0], head.weight.shape[0]
     num_kept = 0 if frozen else min(num_rows, memory_budget // (vocab * head.dtype.itemsize))
@@ -142,19 +150,22 @@ def forward(
     kept = [hidden.new_empty((b.stop - b.start) * vocab, dtype=head.dtype) for b in blocks if b.stop <= num_kept]
     z_target = torch.cat([head.target_logits(hidden[b], target[b])[0] for b in blocks])
     unit_grad = torch.zeros_like(hidden, dtype=head.dtype) if frozen else None
-    odds = torch.zeros_like(z_target)
-    state = State(blocks, head.columns(num_rows), z_target.clone(), odds, odds, kept, unit_grad)
+    anchor = z_target.to(head.dtype, copy=True)
+    odds = torch.zeros_like(anchor)
+    sums = StatsSums.zeros_like(odds) if want_stats else None
+    state = State(blocks, head.columns(num_rows), anchor, odds, odds, kept, unit_grad, sums)
     _sum_exponentials(head, hidden, target, state)
-    for k in range(len(blocks)):
-        _reanchor(head, hidden, target, state, k)
+    state.lost = [_reanchor(head, hidden, target, state, k) for k in range(len(blocks))]
     shift = state.anchor - z_target
-    state.total = odds + torch.exp(-shift)
+    state.total = odds + torch.exp(-shift).to(head.dtype)
     _finish(head, hidden, target, state)
-    return -log1p_odds(odds, shift), state
+    stats = None if sums is None else sums.finish(odds, shift, state.anchor, vocab)
+    return -log1p_odds(odds, shift).to(head.dtype), state, stats
 
 
 def log1p_odds(odds: Tensor, shift: Tensor) -> Tensor:
-    """log(1 + odds · e^shift), relatively exact where the product is tiny and finite where it overflows."""
+    """log(1 + odds · e^shift) in fp64, relatively exact where the product is tiny and finite where it overflows."""
+    odds, shift = odds.double(), shift.double()
     log_odds = odds.log() + shift
     small = torch.log1p(odds * shift.exp())
     large = log_odds + torch.log1p(torch.exp(-log_odds))
@@ -167,22 +178,43 @@ def _sum_exponentials(head: Head, hidden: Tensor, target: Tensor, state: State) 
         for k, block in enumerate(state.blocks):
             rows, tile = hidden[block].to(head.dtype), state.tile(k, columns)
             labels = target[block] - columns.start
-            state.odds[block] += _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels)
+            sums = None if state.sums is None else state.sums.rows(block)
+            state.odds[block] += _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels, sums)
             if state.unit_grad is not None:
                 state.unit_grad[block].addmm_(tile, weight)
 
 
 def _exponentials_(
-    tile: Tensor, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, labels: Tensor
+    tile: Tensor,
+    head: Head,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    anchor: Tensor,
+    labels: Tensor,
+    stats: StatsSums | None = None,
 ) -> Tensor:
     """Fill `tile` (R, C) with E times the softcap's slope, 0 at the targets; returns the (R,) sums of E."""
     slope = head.logits_(tile, hidden, weight, bias)
-    tile.sub_(anchor[:, None]).exp_()
+    tile.sub_(anchor[:, None])
+    shifted = None if stats is None else tile.clone()
+    tile.exp_()
     _set_targets(tile, labels, tile.new_zeros(tile.shape[0]))
     sums = tile.sum(1)
+    if stats is not None and shifted is not None:
+        _add_stats(stats, tile, shifted, labels)
     if slope is not None:
         tile.mul_(slope)
     return sums
+
+
+def _add_stats(stats: StatsSums, tile: Tensor, shifted: Tensor, labels: Tensor) -> None:
+    stats.square.add_((tile * tile).sum(1))
+    # Where E is 0 so is the term, although z - a may be -inf.
+    stats.energy.add_(torch.where(tile > 0, tile * shifted, 0.0).sum(1))
+    stats.shifted.add_(shifted.sum(1))
+    _set_targets(shifted, labels, torch.full_like(stats.peak, -torch.inf))
+    torch.maximum(stats.peak, shifted.amax(1), out=stats.peak)
 
 
 def _set_targets(tile: Tensor, labels: Tensor, values: Tensor) -> None:
@@ -192,38 +224,65 @@ def _set_targets(tile: Tensor, labels: Tensor, values: Tensor) -> None:
     tile.scatter_(1, index, torch.where(inside, values[:, None], tile.gather(1, index)))
 
 
-def _reanchor(head: Head, hidden: Tensor, target: Tensor, state: State, k: int) -> None:
-    """Redo the rows of block k whose odds left the range, with their largest logit as anchor."""
+def _reanchor(head: Head, hidden: Tensor, target: Tensor, state: State, k: int) -> Tensor:
+    """Redo the rows of block k whose odds left the range, in fp64 and with their largest logit as anchor.
+
+    Returns:
+        Their places in the block.
+    """
     block = state.blocks[k]
     lost = (~(state.odds[block] <= MAX_ODDS)).nonzero()[:, 0]
     if lost.numel() == 0:
-        return
-    rows, labels = hidden[block][lost].to(head.dtype), target[block][lost]
-    peak = torch.full_like(state.odds[block][lost], -torch.inf)
+        return lost
+    exact = replace(head, dtype=torch.float64)
+    rows = hidden[block][lost].double()
+    peak = torch.full_like(rows[:, 0], -torch.inf)
     for columns in state.columns:
-        weight, bias = head.tile(columns)
+        weight, bias = exact.tile(columns)
         tile = rows.new_empty(rows.shape[0], weight.shape[0])
-        head.logits_(tile, rows, weight, bias)
+        exact.logits_(tile, rows, weight, bias)
         peak = torch.maximum(peak, tile.amax(1))
+    state.anchor[block][lost] = peak.to(head.dtype)
     odds, unit_grad = torch.zeros_like(peak), torch.zeros_like(rows)
+    sums = None if state.sums is None else StatsSums.zeros_like(peak)
     for columns in state.columns:
-        weight, bias = head.tile(columns)
-        tile = rows.new_empty(rows.shape[0], weight.shape[0])
-        odds += _exponentials_(tile, head, rows, weight, bias, peak, labels - columns.start)
+        tile, more = _exact_tile(head, hidden, target, state, k, lost, columns, sums)
+        odds += more
         if k < len(state.kept):
-            state.tile(k, columns)[lost] = tile
+            state.tile(k, columns)[lost] = tile.to(head.dtype)
         if state.unit_grad is not None:
-            unit_grad.addmm_(tile, weight)
-    state.anchor[block][lost] = peak
-    state.odds[block][lost] = odds
+            unit_grad.addmm_(tile, exact.tile(columns)[0])
+    state.odds[block][lost] = odds.to(head.dtype)
+    if state.sums is not None and sums is not None:
+        state.sums.rows(block).put(lost, sums)
     if state.unit_grad is not None:
-        state.unit_grad[block][lost] = unit_grad
+        state.unit_grad[block][lost] = unit_grad.to(head.dtype)
+    return lost
+
+
+def _exact_tile(
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    state: State,
+    k: int,
+    lost: Tensor,
+    columns: slice,
+    sums: StatsSums | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A tile of the rows `lost` of block k in fp64, and its sums."""
+    block = state.blocks[k]
+    exact = replace(head, dtype=torch.float64)
+    weight, bias = exact.tile(columns)
+    rows, labels = hidden[block][lost].double(), target[block][lost] - columns.start
+    tile = rows.new_empty(rows.shape[0], weight.shape[0])
+    return tile, _exponentials_(tile, exact, rows, weight, bias, state.anchor[block][lost].double(), labels, sums)
 
 
 def _target_entries(head: Head, hidden: Tensor, target: Tensor, state: State, block: slice) -> Tensor:
     """What the products want at a block's targets: -S times the softcap's slope, (R,)."""
     slope = head.target_logits(hidden[block], target[block])[1]
-    return -state.odds[block] if slope is None else -state.odds[block] * slope
+    return -state.odds[block] if slope is None else -state.odds[block] * slope.to(head.dtype)
 
 
 def _finish(head: Head, hidden: Tensor, target: Tensor, state: State) -> None:
@@ -241,7 +300,13 @@ def _finish(head: Head, hidden: Tensor, target: Tensor, state: State) -> None:
 
 
 def backward(
-    head: Head, hidden: Tensor, target: Tensor, state: State, grad: Tensor, wanted: tuple[bool, bool, bool]
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    state: State,
+    grad: Tensor,
+    wanted: tuple[bool, bool, bool],
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from the exponentials: dH = v ⊙ (E·W), dW = Eᵀ·(v ⊙ H), db = Eᵀ·v.
 
@@ -252,6 +317,7 @@ def backward(
         state: from `forward`.
         grad: (N,) d loss / d logp.
         wanted: which of the gradients of hidden, weight and bias to make.
+        main_grad: (V, D) in `head.dtype` that dW is added to; there is none to return then.
     """
     kept, unit_grad = state.kept, state.unit_grad
     state.kept, state.unit_grad = [], None
@@ -259,24 +325,29 @@ def backward(
         return unit_grad.mul_(grad[:, None]).to(hidden.dtype), None, None
     factor = -head.scale * grad / state.total
     d_hidden = torch.zeros_like(hidden, dtype=head.dtype) if wanted[0] else None
-    d_weight = torch.empty_like(head.weight) if wanted[1] else None
+    d_weight = torch.empty_like(head.weight) if wanted[1] and main_grad is None else None
     d_bias = torch.empty_like(head.bias) if wanted[2] and head.bias is not None else None
     work = replace(state, kept=kept)
     entries = [_target_entries(head, hidden, target, state, block) for block in state.blocks]
     for columns in state.columns:
         weight, bias = head.tile(columns)
-        sums = None if d_weight is None else _accumulator(d_weight[columns], head.dtype)
+        sums = main_grad[columns] if main_grad is not None else None
+        if d_weight is not None:
+            sums = _accumulator(d_weight[columns], head.dtype)
         bias_sums = torch.zeros_like(weight[:, 0])
         for k, block in enumerate(state.blocks):
             rows, tile = hidden[block].to(head.dtype), work.tile(k, columns)
             if k >= len(kept):
                 labels = target[block] - columns.start
                 _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels)
+                if state.lost[k].numel():
+                    exact, _ = _exact_tile(head, hidden, target, state, k, state.lost[k], columns)
+                    tile[state.lost[k]] = exact.to(head.dtype)
                 _set_targets(tile, labels, entries[k])
             if d_hidden is not None:
                 d_hidden[block].addmm_(tile, weight)
             if sums is not None:
-                sums.addmm_(tile.t(), rows * factor[block, None], beta=0 if k == 0 else 1)
+                sums.addmm_(tile.t(), rows * factor[block, None], beta=0 if k == 0 and main_grad is None else 1)
             if d_bias is not None:
                 bias_sums += tile.t() @ factor[block]
         if d_weight is not None and sums is not None and sums.dtype != d_weight.dtype:

@@ -3,10 +3,9 @@
 The maths and the names are those of `linear_logprob.py`. For N rows, a vocabulary V and a hidden size D:
 
     target_kernel      z_y and the softcap's slope there          reads 2·N·D
-    fused_kernel       E and its row sums in the epilogue of       a product's reads; writes N·V of E, or
-    nothing,
-                       H·Wᵀ (TMA and WGMMA on sm_90a)              and N·V / BLOCK_N fp32 sums
-    slice_kernel       the same in one pass over fp32 products     reads N·C·4 bytes, writes N·C of E
+    fused_kernel       E and its row sums in the epilogue of      a product's reads; writes N·V of E, or nothing,
+                       H·Wᵀ (TMA and WGMMA on sm_90a)             and N·V / BLOCK_N fp32 sums
+    slice_kernel       the same in one pass over fp32 products    reads N·C·4 bytes, writes N·C of E
     scale_rows_kernel  v ⊙ X                                      reads and writes N·D
 
 Every number is written by one program alone and sums are added in a fixed order: no atomics, the same bits
@@ -26,25 +25,32 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_fast.kernels.linear_logprob_torch import MAX_ODDS, Head
+from dpo_fast.kernels.linear_logprob_torch import Head
+from dpo_fast.kernels.token_stats import StatsSums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FILL, PEAK, REDO = (tl.constexpr(i) for i in range(3))
 
-# The fused kernel's blocks and launch options, checked by compiling without a GPU (benchmarks/aot.py): no
-# spill, and within the GPU's shared memory. "plain" has no bias, no softcap and no pointer stores, which
-# leaves registers for a larger tile. Compute capabilities that are not listed take the one below.
-# On 10.0 Triton 3.9 cannot lower eight warps with a softcap (TritonNvidiaGPUOptimizeTMemLayoutsPass fails).
+# The fused kernel's blocks and launch options, checked by compiling without a GPU (benchmarks/aot.py): no spill, and
+# within the GPU's shared memory. The first of each is the default, autotune.py tries the others. "plain" has no bias
+# and no softcap, which leaves registers for a larger tile. Compute capabilities that are not
+# listed take the one below. On 10.0 Triton 3.9 cannot lower eight warps with a softcap
+# (TritonNvidiaGPUOptimizeTMemLayoutsPass fails).
+_WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8}
+_SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8}
+_SMALL = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_stages": 4, "num_warps": 8}
 FUSED = {
-    (80, "plain"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_stages": 4, "num_warps": 8},
-    (80, "rich"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_stages": 4, "num_warps": 8},
-    (90, "plain"): {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8},
-    (90, "rich"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8},
-    (100, "plain"): {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8},
-    (100, "rich"): {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 4, "num_warps": 4},
+    (80, "plain"): [_SMALL, {**_SMALL, "num_stages": 3}],
+    (80, "rich"): [_SMALL],
+    (90, "plain"): [_WIDE, {**_WIDE, "num_stages": 3}, _SQUARE],
+    (90, "rich"): [_SQUARE],
+    (100, "plain"): [_SQUARE, {**_SQUARE, "num_stages": 3}],
+    (100, "rich"): [{"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 4, "num_warps": 4}],
 }
-# fp32 comes here to redo rows only, with products in full fp32.
-FUSED_FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
+# Figures beside the odds take registers of their own.
+FUSED_STATS = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 3, "num_warps": 4}
+# Rows are redone in fp64, on every GPU alike.
+FUSED_REDO = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_stages": 2, "num_warps": 4}
 # Consumer Blackwell (12.x) has TMA but Ampere's shared memory and tensor cores.
 TMA_CAPABILITIES = range(90, 120)
 # Triton 3.10 changes the default: contraction of a·b + c is wanted, and stated.
@@ -61,8 +67,7 @@ def _tanh(x):
 
 @triton.jit
 def _cap(product, factor, gain, HAS_CAP: tl.constexpr):
-    """Logits and cap' of products: gain · tanh(factor · product), or factor · product where there is no
-    cap."""
+    """Logits and cap' of products: gain · tanh(factor · product), or factor · product without a cap."""
     x = product * factor
     slope = 1.0
     if HAS_CAP:
@@ -77,18 +82,18 @@ def target_kernel(
     hidden_ptr, weight_ptr, bias_ptr, label_ptr, logit_ptr, slope_ptr, dim, hidden_stride, weight_stride, factor, gain,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: the logit of its target and the softcap's slope there."""
+    """One row a program: the fp64 logit of its target and the softcap's slope there."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(label_ptr + row)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, dim, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         h = tl.load(hidden_ptr + row * hidden_stride + offsets, mask=offsets < dim, other=0.0)
         w = tl.load(weight_ptr + label * weight_stride + offsets, mask=offsets < dim, other=0.0)
-        total += h.to(tl.float32) * w.to(tl.float32)
+        total += h.to(tl.float64) * w.to(tl.float64)
     product = tl.sum(total, 0)
     if HAS_BIAS:
-        product += tl.load(bias_ptr + label).to(tl.float32)
+        product += tl.load(bias_ptr + label).to(tl.float64)
     logit, slope = _cap(product, factor, gain, HAS_CAP)
     tl.store(logit_ptr + row, logit)
     tl.store(slope_ptr + row, slope)
@@ -96,15 +101,20 @@ def target_kernel(
 
 @triton.jit
 def slice_kernel(
-    z_ptr, e_ptr, bias_ptr, anchor_ptr, label_ptr, odds_ptr, start, width, z_stride, e_stride, factor, gain,
+    z_ptr, e_ptr, bias_ptr, anchor_ptr, label_ptr, odds_ptr, square_ptr, energy_ptr, shifted_ptr, peak_ptr,
+    start, width, z_stride, e_stride, factor, gain,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: products of columns start .. start + width to exponentials, and their sum onto the
-    odds."""
+    """One row a program: products of columns start .. start + width to exponentials, their sum onto the odds, and
+    onto the sums of `StatsSums`, if there are any."""
     row = tl.program_id(0).to(tl.int64)
     anchor = tl.load(anchor_ptr + row)
     label = tl.load(label_ptr + row) - start
     odds = tl.load(odds_ptr + row)
+    STATS: tl.constexpr = square_ptr is not None
+    if STATS:
+        square, energy = tl.load(square_ptr + row), tl.load(energy_ptr + row)
+        shifted, peak = tl.load(shifted_ptr + row), tl.load(peak_ptr + row)
     for first in range(0, width, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         inside = columns < width
@@ -112,27 +122,39 @@ def slice_kernel(
         if HAS_BIAS:
             product += tl.load(bias_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
         logit, slope = _cap(product, factor, gain, HAS_CAP)
-        e = tl.where(inside & (columns != label), tl.exp2((logit - anchor) * LOG2E), 0.0)
+        counts = inside & (columns != label)
+        distance = logit - anchor
+        e = tl.where(counts, tl.exp2(distance * LOG2E), 0.0)
         odds += tl.sum(e, 0)
+        if STATS:
+            square += tl.sum(e * e, 0)
+            energy += tl.sum(tl.where(e > 0, e * distance, 0.0), 0)
+            shifted += tl.sum(tl.where(inside, distance, 0.0), 0)
+            peak = tl.maximum(peak, tl.max(tl.where(counts, distance, float("-inf")), 0))
         if e_ptr is not None:
             out = e_ptr + row * e_stride + start + columns
             tl.store(out, (e * slope).to(e_ptr.dtype.element_ty), mask=inside)
     tl.store(odds_ptr + row, odds)
+    if STATS:
+        tl.store(square_ptr + row, square)
+        tl.store(energy_ptr + row, energy)
+        tl.store(shifted_ptr + row, shifted)
+        tl.store(peak_ptr + row, peak)
 
 
 @triton.jit
 def fused_kernel(
-    hidden_desc, weight_desc, e_desc, hidden_ptr, weight_ptr, e_ptr, bias_ptr, anchor_ptr, label_ptr, odds_ptr,
-    any_lost_ptr, partial_ptr, num_rows, vocab, dim, e_stride, factor, gain, max_odds,
-    MODE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    hidden_desc, weight_desc, e_desc, hidden_ptr, weight_ptr, e_ptr, bias_ptr, anchor_ptr, label_ptr, lost_ptr,
+    any_lost_ptr, partial_ptr, num_rows, vocab, dim, e_stride, factor, gain,
+    MODE: tl.constexpr, STATS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of logits, turned into exponentials where they are made; one partial result per row and tile of
-    columns.
+    """Tiles of logits, turned into exponentials where they are made; a partial result per row and tile of columns.
 
-    FILL adds exponentials up and stores them at `e_ptr`, if there is one. PEAK and REDO are for rows with
-    odds over `max_odds` alone: PEAK takes the maximum of their logits, REDO does what FILL does.
+    FILL adds exponentials up and stores them at `e_ptr`, if there is one. PEAK and REDO are for the rows that
+    `lost_ptr` marks, and make their products in fp64: PEAK takes the maximum of their logits, REDO does what FILL does.
+    With STATS there are five partial results, those of `StatsSums` after the odds.
     """
     ONLY_LOST: tl.constexpr = MODE != FILL
     if ONLY_LOST:  # noqa: SIM102  one condition is Triton's, the other is looked at on the device
@@ -151,16 +173,16 @@ def fused_kernel(
         live = rows < num_rows
         depth = dim
         if ONLY_LOST:
-            odds = tl.load(odds_ptr + rows, mask=live, other=0.0)
-            live = live & ((odds <= max_odds) == 0)
+            live = live & (tl.load(lost_ptr + rows, mask=live, other=0) != 0)
             # A tile without such rows makes no product; its results are read by nobody.
             depth = tl.where(tl.max(live.to(tl.int32), 0) > 0, dim, 0)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        ACC: tl.constexpr = tl.float64 if ONLY_LOST else tl.float32
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         if TMA:
             for k in range(0, depth, BLOCK_K):
                 h = hidden_desc.load([tile_m * BLOCK_M, k])
                 w = weight_desc.load([tile_n * BLOCK_N, k])
-                acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
+                acc = tl.dot(h, w.T, acc)
         else:
             # Rows over the end read the last one: cheaper than a mask, and their results are masked.
             h_rows = hidden_ptr + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * dim
@@ -169,33 +191,52 @@ def fused_kernel(
                 depths = k + tl.arange(0, BLOCK_K)
                 h = tl.load(h_rows + depths[None, :], mask=depths[None, :] < dim, other=0.0)
                 w = tl.load(w_rows + depths[:, None], mask=depths[:, None] < dim, other=0.0)
-                acc = tl.dot(h, w, acc, input_precision=PRECISION)
+                if ONLY_LOST:
+                    acc = tl.dot(h.to(tl.float64), w.to(tl.float64), acc, out_dtype=tl.float64)
+                else:
+                    acc = tl.dot(h, w, acc)
         # The epilogue takes one half of the columns at a time: half the registers.
         halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         partial = tl.full((BLOCK_M,), float("-inf") if MODE == PEAK else 0.0, tl.float32)
+        if STATS:
+            square, energy, shifted = tl.zeros_like(partial), tl.zeros_like(partial), tl.zeros_like(partial)
+            peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         for half in tl.static_range(2):
             columns = tile_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             inside = columns < vocab
             product = halves[half]
             if HAS_BIAS:
-                product += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+                product += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(ACC)[None, :]
             logit, slope = _cap(product, factor, gain, HAS_CAP)
             if MODE == PEAK:
-                partial = tl.maximum(partial, tl.max(tl.where(inside[None, :], logit, float("-inf")), 1))
+                partial = tl.maximum(partial, tl.max(tl.where(inside[None, :], logit.to(tl.float32), float("-inf")), 1))
             else:
                 anchor = tl.load(anchor_ptr + rows, mask=live, other=0.0)
                 label = tl.load(label_ptr + rows, mask=live, other=-1)
                 counts = inside[None, :] & (columns[None, :] != label[:, None])
-                e = tl.where(counts, tl.exp2((logit - anchor[:, None]) * LOG2E), 0.0)
+                distance = (logit - anchor[:, None]).to(tl.float32)
+                e = tl.where(counts, tl.exp2(distance * LOG2E), 0.0)
                 partial += tl.sum(e, 1)
+                if STATS:
+                    square += tl.sum(e * e, 1)
+                    energy += tl.sum(tl.where(e > 0, e * distance, 0.0), 1)
+                    shifted += tl.sum(tl.where(inside[None, :], distance, 0.0), 1)
+                    peak = tl.maximum(peak, tl.max(tl.where(counts, distance, float("-inf")), 1))
                 if e_ptr is not None:
-                    e = (e * slope).to(e_ptr.dtype.element_ty)
+                    e = (e * slope).to(tl.float32).to(e_ptr.dtype.element_ty)
                     if TMA and not ONLY_LOST:
                         e_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N + half * (BLOCK_N // 2)], e)
                     else:
                         out = e_ptr + rows.to(tl.int64)[:, None] * e_stride + columns[None, :]
                         tl.store(out, e, mask=live[:, None] & inside[None, :])
-        tl.store(partial_ptr + tile_n.to(tl.int64) * num_rows + rows, partial, mask=live)
+        out = partial_ptr + tile_n.to(tl.int64) * num_rows + rows
+        tl.store(out, partial, mask=live)
+        if STATS:
+            plane = num_n.to(tl.int64) * num_rows
+            tl.store(out + plane, square, mask=live)
+            tl.store(out + 2 * plane, energy, mask=live)
+            tl.store(out + 3 * plane, shifted, mask=live)
+            tl.store(out + 4 * plane, peak, mask=live)
 
 
 @triton.jit
@@ -210,15 +251,14 @@ def scale_rows_kernel(x_ptr, factor_ptr, out_ptr, width, x_stride, out_stride, B
         tl.store(out, (x * factor).to(out_ptr.dtype.element_ty), mask=offsets < width)
 
 
-def fused_options(hidden: Tensor, mode: int, *, rich: bool) -> dict[str, Any]:
-    """Blocks, launch options, path and grid of the fused kernel for this device; see FUSED."""
-    if hidden.dtype == torch.float32:
-        return {**FUSED_FP32, **FP_FUSION, "TMA": False, "NUM_PROGRAMS": _num_programs(hidden)}
+def fused_choices(hidden: Tensor, *, rich: bool, stats: bool) -> list[dict[str, Any]]:
+    """Blocks, launch options, path and grid that the fused kernel may fill with on this device; see FUSED."""
     capability = _capability(hidden)
     tma = capability in TMA_CAPABILITIES and hidden.shape[1] % 8 == 0
     known = max(key for key, _ in FUSED if key <= capability) if tma else 80
-    blocks = FUSED[known, "rich" if rich or mode != FILL.value else "plain"]
-    return {**blocks, **FP_FUSION, "TMA": tma, "NUM_PROGRAMS": _num_programs(hidden)}
+    common = {**FP_FUSION, "NUM_PROGRAMS": _num_programs(hidden), "TMA": tma}
+    choices = [FUSED_STATS] if stats else FUSED[known, "rich" if rich else "plain"]
+    return [{**blocks, **common} for blocks in choices]
 
 
 def _capability(hidden: Tensor) -> int:
@@ -245,9 +285,9 @@ def _factors(head: Head) -> tuple[float, float]:
 
 
 def target_logits(head: Head, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) fp32 logits of the targets, and the softcap's slope there."""
-    logit = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
-    slope = torch.empty_like(logit)
+    """(N,) fp64 logits of the targets, and the softcap's fp32 slope there."""
+    logit = torch.empty(target.shape, dtype=torch.float64, device=hidden.device)
+    slope = torch.empty(target.shape, dtype=torch.float32, device=hidden.device)
     if target.numel():
         target_kernel[(target.shape[0],)](
             hidden, head.weight, head.bias, target, logit, slope, hidden.shape[1], hidden.stride(0),
@@ -258,44 +298,66 @@ def target_logits(head: Head, hidden: Tensor, target: Tensor) -> tuple[Tensor, T
 
 
 def fused(
-    mode: tl.constexpr, head: Head, hidden: Tensor, target: Tensor, anchor: Tensor, odds: Tensor, e: Tensor | None
+    mode: tl.constexpr,
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    e: Tensor | None,
+    *,
+    lost: Tensor | None = None,
+    stats: bool = False,
+    choice: int = 0,
 ) -> Tensor:
-    """Launch `fused_kernel`; returns its partial results, (tiles of columns, N) fp32.
+    """Launch `fused_kernel`; returns its partial results, (1, or 5 with stats, tiles of columns, N) fp32.
 
     Args:
         mode: FILL, PEAK or REDO.
         head: with a contiguous weight.
         hidden: (N, D), contiguous.
-        target, anchor, odds: (N,).
+        target, anchor: (N,).
         e: (N, V) to write exponentials to, its rows 16 bytes aligned; or None.
+        lost: (N,) int32, not 0 for PEAK's and REDO's rows.
+        stats: also make the partial results of `StatsSums`.
+        choice: FILL's blocks, an index into `fused_choices`.
     """
     (num_rows, dim), vocab = hidden.shape, head.weight.shape[0]
-    options = fused_options(hidden, mode.value, rich=head.bias is not None or head.softcap is not None)
+    rich = head.bias is not None or head.softcap is not None
+    options = {**FUSED_REDO, **FP_FUSION, "NUM_PROGRAMS": _num_programs(hidden), "TMA": False}
+    if mode.value == FILL.value:
+        options = fused_choices(hidden, rich=rich, stats=stats)[choice]
     block_m, block_n, block_k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
-    partial = torch.empty(triton.cdiv(vocab, block_n), num_rows, dtype=torch.float32, device=hidden.device)
-    any_lost = None if mode.value == FILL.value else (~(odds <= MAX_ODDS)).any().int()
+    planes, tiles = 5 if stats else 1, triton.cdiv(vocab, block_n)
+    partial = torch.empty(planes, tiles, num_rows, dtype=torch.float32, device=hidden.device)
+    any_lost = None if lost is None else lost.amax()
     descriptors = [None, None, None]
     if options["TMA"]:
         blocks = (hidden, [block_m, block_k]), (head.weight, [block_n, block_k]), (e, [block_m, block_n // 2])
         descriptors = [None if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks]
     fused_kernel[(options["NUM_PROGRAMS"],)](
-        *descriptors, hidden, head.weight, e, head.bias, anchor, target, odds, any_lost, partial, num_rows, vocab, dim,
-        0 if e is None else e.stride(0), *_factors(head), MAX_ODDS, MODE=mode, HAS_BIAS=head.bias is not None,
-        HAS_CAP=head.softcap is not None, PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32", GROUP_M=8,
-        **options,
+        *descriptors, hidden, head.weight, e, head.bias, anchor, target, lost, any_lost, partial, num_rows, vocab, dim,
+        0 if e is None else e.stride(0), *_factors(head), MODE=mode, STATS=stats, HAS_BIAS=head.bias is not None,
+        HAS_CAP=head.softcap is not None,
+        GROUP_M=8, **options,
     )  # fmt: skip
     return partial
 
 
 def add_slice(
-    z: Tensor, start: int, head: Head, target: Tensor, anchor: Tensor, odds: Tensor, e: Tensor | None
+    z: Tensor,
+    start: int,
+    head: Head,
+    target: Tensor,
+    anchor: Tensor,
+    odds: Tensor,
+    e: Tensor | None,
+    sums: StatsSums | None,
 ) -> None:
-    """Turn fp32 products `z` (N, C) of columns from `start` on into exponentials in `e`, and add their sums
-    to `odds`."""
+    """Turn fp32 products `z` (N, C) of columns from `start` on into exponentials in `e`; add their sums to `odds`."""
     slice_kernel[(z.shape[0],)](
-        z, e, head.bias, anchor, target, odds, start, z.shape[1], z.stride(0), 0 if e is None else e.stride(0),
-        *_factors(head), HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
-        BLOCK=min(triton.next_power_of_2(z.shape[1]), 4096), num_warps=8, **FP_FUSION,
+        z, e, head.bias, anchor, target, odds, *(sums or (None,) * 4), start, z.shape[1], z.stride(0),
+        0 if e is None else e.stride(0), *_factors(head), HAS_BIAS=head.bias is not None,
+        HAS_CAP=head.softcap is not None, BLOCK=min(triton.next_power_of_2(z.shape[1]), 4096), num_warps=8, **FP_FUSION,
     )  # fmt: skip
 
 

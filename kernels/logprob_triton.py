@@ -80,7 +80,7 @@ def forward(logits_NV: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         forward_kernel[(target.shape[0],)](
             logits_NV, target, odds, shift, z_target, logits_NV.shape[1], logits_NV.stride(0), MAX_ODDS, **OPTIONS
         )
-    logp = -log1p_odds(odds, shift)
+    logp = -log1p_odds(odds, shift).float()
     return torch.where(target >= 0, logp, 0.0), z_target - logp
 
 

@@ -9,8 +9,9 @@ from triton.runtime import interpreter
 from dpo_fast.kernels import linear_logprob_gpu as gpu
 from dpo_fast.kernels import linear_logprob_triton as kernels
 from dpo_fast.kernels import logprob_triton
-from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref
+from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref, linear_logprob_with_stats
 from dpo_fast.kernels.logprob import logprob, logprob_ref
+from dpo_fast.kernels.token_stats import token_stats_ref
 
 # The interpreter keeps bf16 as the 16 bits of an integer; its dot multiplies these integers (Triton 3.9), which
 # is where the infinities of bf16 products came from, and its conversion drops bits where a GPU rounds.
@@ -40,8 +41,9 @@ interpreter.InterpreterBuilder.create_fp_trunc = trunc
 
 small = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_stages": 2, "num_warps": 4}
 for key in kernels.FUSED:
-    kernels.FUSED[key] = small
-kernels.FUSED_FP32.update(small)
+    kernels.FUSED[key] = [small]
+kernels.FUSED_REDO.update(small)
+kernels.FUSED_STATS.update(small)
 logprob_triton.OPTIONS["BLOCK"] = 64
 
 # Rows out of range overflow on purpose, and NumPy says so.
@@ -143,6 +145,37 @@ def test_frozen_head_and_scoring(spread, options, monkeypatch):
     assert torch.equal(scored, trained)
 
 
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 50.0], ids=["common", "some-rows-out-of-range"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=str)
+def test_stats(dtype, spread, options):
+    tensors, target = make(40, 97, 16, dtype, spread=spread)
+    target[3] = -100
+    _, stats = linear_logprob_with_stats(**tensors, target=target, backend="triton", **options)
+    logits = tensors["hidden"].detach().double() @ tensors["weight"].detach().double().t()
+    if options:
+        logits = 4.0 * torch.tanh(logits / 4.0)
+    want = token_stats_ref(logits, target)
+    for got, true in zip(stats[:3], want[:3], strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=1e-4, atol=1e-4)
+    assert torch.equal(stats.is_argmax, want.is_argmax)
+    assert (options or spread == 1) or (value_and_gradients(linear_logprob, tensors, target)[0] < -45).any()
+
+
+@pytest.mark.parametrize("rows_kept", [0, 16, 40])
+def test_main_grad(rows_kept):
+    tensors, target = make(40, 97, 16, torch.bfloat16)
+    (want,) = torch.autograd.grad(linear_logprob(**tensors, target=target, backend="triton").sum(), tensors["weight"])
+    main_grad = torch.ones(97, 16)
+    budget = rows_kept * 208
+    linear_logprob(
+        **tensors, target=target, backend="triton", main_grad=main_grad, memory_budget=budget
+    ).sum().backward()
+    assert tensors["weight"].grad is None
+    torch.testing.assert_close(main_grad - 1, want.float(), rtol=1e-2, atol=2e-3)
+
+
 def test_second_backward_and_same_bits():
     tensors, target = make(19, 97, 24, torch.bfloat16)
     runs = [linear_logprob(**tensors, target=target, backend="triton").sum() for _ in range(2)]
@@ -199,3 +232,59 @@ def test_logprob(dtype, shape, spread):
         # z - logsumexp(z) cannot be had more exactly than logsumexp(z) is known.
         known = double.abs().max().item() * 2**-23
         assert (grad - true_grad).abs().max() < known + {torch.float32: 1e-6}.get(dtype, 5e-3)
+
+
+def numerics_rows(v, d):
+    """64 bf16 rows: 32 ordinary, 16 up to about 113 nats from their target, 8 far beyond, 8 confident ones."""
+    generator = torch.Generator().manual_seed(v + d)
+    weight = (torch.randn(v, d, generator=generator) / d**0.5).bfloat16()
+    hidden = torch.randn(64, d, generator=generator) * torch.tensor([3.0] * 32 + [19.0] * 16 + [150.0] * 16)[:, None]
+    target = torch.randint(0, v, (64,), generator=generator)
+    gap = np.log(v) + 10.4
+    hidden[56:] = (gap + gap**2 / (2 * d)) * weight[target[56:]].float()
+    return {"hidden": hidden.bfloat16().requires_grad_(), "weight": weight.requires_grad_()}, target
+
+
+def numerics(v, d, path, monkeypatch):
+    """Errors of ours and of PyTorch's bf16 path against fp64."""
+    blocks = {"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": 64, "num_stages": 2, "num_warps": 4}
+    monkeypatch.setattr(kernels, "FUSED", {key: [blocks] for key in kernels.FUSED})
+    monkeypatch.setattr(kernels, "FUSED_REDO", blocks)
+    monkeypatch.setattr(gpu, "FUSED_REDO", blocks)
+    monkeypatch.setattr(gpu, "FUSED_MAX_DIM", 10**6 if path == "fused" else 0)
+    tensors, target = numerics_rows(v, d)
+    doubles = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    want, true_grads = value_and_gradients(linear_logprob_ref, doubles, target)
+    got, grads = value_and_gradients(linear_logprob, tensors, target, backend="triton")
+    usual, usual_grads = value_and_gradients(linear_logprob_ref, tensors, target)
+    near = want > -113
+    assert near[:32].all()
+    assert -1e-3 < want[56:].min() < want[56:].max() < -1e-6
+    assert want.min() < -500
+
+    def relative(some):
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(some, true_grads, strict=True)]
+
+    far_error = ((got - want) / want).abs()[~near].max().item()
+    confident = (got / want - 1).abs()[56:].max().item()
+    ours = [(got - want).abs()[near].max().item(), far_error, confident, *relative(grads)]
+    return ours, [(usual - want).abs()[near].max().item(), *relative(usual_grads)]
+
+
+def test_numerics_table(monkeypatch):
+    print("\n| V | D | way | logp, to 113 nats | beyond, relative | p = 1 - 3e-5, relative | dH | dW | bf16 torch |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for v, d, path in (
+        (32_000, 512, "fused"),
+        (32_000, 2048, "sliced"),
+        (128_256, 512, "sliced"),
+        (128_256, 2048, "fused"),
+    ):
+        ours, usual = numerics(v, d, path, monkeypatch)
+        cells = [*(f"{x:.1e}" for x in ours), ", ".join(f"{x:.1e}" for x in usual)]
+        print(f"| {v} | {d} | {path} | " + " | ".join(cells) + " |")
+        assert ours[0] < 1e-5
+        assert ours[1] < 1e-6
+        assert ours[2] < 1e-5
+        assert max(ours[3:]) < 3e-3
+        assert all(a <= b for a, b in zip(ours[3:], usual[1:], strict=True))

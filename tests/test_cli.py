@@ -98,7 +98,9 @@ def test_dashes_underscores_and_flags_are_normalized():
         ("score --model model --data rows.jsonl --out s.jsonl --reference_store rows.jsonl", "--reference_store"),
     ],
 )
-def test_mistakes_give_one_message_and_exit_code_2(folder, capsys, command, message):
+def test_mistakes_give_one_message_and_exit_code_2(folder, capsys, monkeypatch, command, message):
+    # A name that is no folder is looked up on the Hub, which takes a minute to give up where there is no network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(command.split()) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -66,7 +66,7 @@ def test_only_what_is_missing_is_scored(store):
 
 def test_a_missing_row_is_an_error_not_zeros(store):
     groups = random_groups(2)
-    with pytest.raises(UserError, match="row 0 has no reference scores"):
+    with pytest.raises(UserError, match="no reference scores for row 0 and 1 more"):
         Reference(store, "model").lookup(groups)
 
 
@@ -92,7 +92,7 @@ def test_a_row_of_the_wrong_length_is_missing(store):
 
 def test_scores_that_are_not_finite_are_refused(store):
     groups = random_groups(2)
-    with pytest.raises(UserError, match="row 0 a log-prob that is not finite"):
+    with pytest.raises(UserError, match="row 0, answer 0: the reference.s log-prob of scored token 0 is nan"):
         Reference(store, "model").fill(groups, lambda b: torch.full((len(b.targets),), torch.nan), packs=[[0, 1]])
     assert Reference(store, "model").missing(groups) == [0, 1]
 
@@ -103,7 +103,7 @@ def test_verify_finds_a_changed_score(store):
     reference = Reference(store, "model")
     reference.fill(groups, policy.score, packs=one_pack(groups))
     reference.verify(groups, policy.score, tolerance=1e-4)
-    with pytest.raises(UserError, match=r"differ from the model.s by 0\.0"):
+    with pytest.raises(UserError, match=r"scores of row \d are not the model's: answer 0, scored token 0"):
         reference.verify(groups, lambda batch: policy.score(batch) + 0.05, tolerance=1e-3)
 
 
@@ -212,5 +212,47 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a reference store of this version"):
         ReferenceStore(foreign)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match="cannot be made"):
         ReferenceStore(tmp_path / "file" / "reference.sqlite")
+
+
+def test_a_store_of_another_version_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "old.sqlite"
+    ReferenceStore(path).close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("pragma user_version = 1")
+    with pytest.raises(UserError, match="schema 1, expected 2: remove it"):
+        ReferenceStore(path)
+    assert path.exists()
+
+
+def test_a_value_that_is_there_stays_and_one_of_another_length_is_replaced(store):
+    key = b"k" * 16
+    for logps in ([-1.0, -2.0], [-3.0, -4.0], [-5.0]):
+        store.put({key: np.array(logps, dtype=np.float32)})
+        assert store.get([key])[key].tolist() == ([-5.0] if len(logps) == 1 else [-1.0, -2.0])
+
+
+@pytest.mark.parametrize("damage", [b"", b"abc", np.full(1, 7, "<f4").tobytes()])
+def test_damaged_values_count_as_missing(store, damage):
+    groups = random_groups(2)
+    reference = Reference(store, "model")
+    policy = as_policy(tiny_llama())
+    reference.fill(groups, policy.score, packs=one_pack(groups))
+    with closing(sqlite3.connect(store.path)) as connection, connection:
+        connection.execute("update answers set logps = ?", (damage,))
+    assert reference.missing(groups) == [0, 1]
+    reference.fill(groups, policy.score, packs=one_pack(groups))
+    assert reference.missing(groups) == []
+
+
+def test_stored_values_that_are_not_finite_are_never_read(store):
+    groups = random_groups(1)
+    reference = Reference(store, "model")
+    reference.fill(groups, as_policy(tiny_llama()).score, packs=one_pack(groups))
+    for answer in reference.lookup(groups)[0]:
+        with closing(sqlite3.connect(store.path)) as connection, connection:
+            nan = np.full(len(answer), np.nan, "<f4").tobytes()
+            connection.execute("update answers set logps = ? where length(logps) = ?", (nan, len(nan)))
+    with pytest.raises(UserError, match="row 0 are not finite.*is damaged"):
+        reference.lookup(groups)
