@@ -92,7 +92,7 @@ def test_a_row_of_the_wrong_length_is_missing(store):
 
 def test_scores_that_are_not_finite_are_refused(store):
     groups = random_groups(2)
-    with pytest.raises(UserError, match="row 0, answer 0: the reference.s log-prob of scored token 0 is nan"):
+    with pytest.raises(UserError, match=r"row 0, answer 0: the reference.s log-prob of scored token 0 is nan"):
         Reference(store, "model").fill(groups, lambda b: torch.full((len(b.targets),), torch.nan), packs=[[0, 1]])
     assert Reference(store, "model").missing(groups) == [0, 1]
 
@@ -254,5 +254,5 @@ def test_stored_values_that_are_not_finite_are_never_read(store):
         with closing(sqlite3.connect(store.path)) as connection, connection:
             nan = np.full(len(answer), np.nan, "<f4").tobytes()
             connection.execute("update answers set logps = ? where length(logps) = ?", (nan, len(nan)))
-    with pytest.raises(UserError, match="row 0 are not finite.*is damaged"):
+    with pytest.raises(UserError, match=r"row 0 are not finite.*is damaged"):
         reference.lookup(groups)
