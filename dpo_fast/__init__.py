@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
-    from dpo_fast.kernels.linear_logprob import linear_logprob
+    from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
     from dpo_fast.kernels.logprob import logprob, sequence_logprob
     from dpo_fast.kernels.segment_sum import segment_mean, segment_sum
     from dpo_fast.trainer import TrainResult, train
@@ -19,6 +19,7 @@ __all__ = [
     "DPOConfig",
     "TrainResult",
     "linear_logprob",
+    "linear_logprob_with_stats",
     "logprob",
     "segment_mean",
     "segment_sum",
@@ -30,6 +31,7 @@ _HOME = {
     "DPOConfig": "config",
     "TrainResult": "trainer",
     "linear_logprob": "kernels.linear_logprob",
+    "linear_logprob_with_stats": "kernels.linear_logprob",
     "logprob": "kernels.logprob",
     "segment_mean": "kernels.segment_sum",
     "segment_sum": "kernels.segment_sum",
