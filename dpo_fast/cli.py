@@ -6,9 +6,11 @@ import dataclasses
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,7 +96,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print and leave with exit code 2."""
         known = [option for action in self._actions for option in action.option_strings]
-        words = message.split()
+        words = _plain_words(message).split()
         guesses = [
             near for word in words if word.startswith("--") for near in difflib.get_close_matches(word, known, 1)
         ]
@@ -104,15 +106,29 @@ class Parser(ArgumentParser):
         sys.exit(USER_MISTAKE)
 
 
+def _plain_words(message: str) -> str:
+    """jsonargparse's message on a value of a wrong type as `--max_length abc: expected int or null`; others as is."""
+    field = re.search(r'Parser key "(\w+)"', message)
+    given = re.search(r"(?:Got value|Given value): (.*)", message)
+    types = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", message)
+    if not (field and given and types):
+        return message
+    expected = " or ".join("null" if name == "NoneType" else name or choices for name, choices in types)
+    return f"--{field[1]} {given[1]}: expected {expected}"
+
+
 def make_parser() -> Parser:
     """The parser of all commands; options are the fields of each command's settings."""
     from importlib.metadata import version
 
-    parser = Parser(prog="dpo-fast", description="Preference training at the speed of the bare matrix products.")
+    parser = Parser(
+        prog="dpo-fast", allow_abbrev=False, description="Preference training at the speed of the bare matrix products."
+    )
     parser.add_argument("--version", action="version", version=f"dpo-fast {version('dpo-fast')}")
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = Parser(prog=f"dpo-fast {name}", usage=f"dpo-fast {name} {command.usage}", description=command.help)
+        usage = f"dpo-fast {name} {command.usage}"
+        subparser = Parser(prog=f"dpo-fast {name}", usage=usage, description=command.help, allow_abbrev=False)
         subparser.add_argument("--config", action="config", help="YAML file with any of these settings")
         subparser.add_class_arguments(command.config)
         subcommands.add_subcommand(name, subparser, help=command.help)
@@ -123,7 +139,7 @@ def normalize(argv: list[str]) -> list[str]:
     """Dashes and underscores in option names are the same, and a yes-or-no option alone means yes."""
     fields = {field.name: field.type for command in COMMANDS.values() for field in dataclasses.fields(command.config)}
     normal = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in pairwise([*argv, "--"]):
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name.replace("-", "_") not in fields:
             normal.append(word)

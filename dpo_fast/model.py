@@ -47,6 +47,9 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise UserError(f"--model {model}: no such file")
         return str(path.parent), {"gguf_file": path.name}
+    # A Hub name has one slash at most; everything else was meant as a folder.
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or model.startswith((".", "~"))):
+        raise UserError(f"--model {model}: no such folder; expected a checkpoint folder, a Hub name or a .gguf file")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"--model {model}: the folder holds no config.json; expected a Hugging Face checkpoint folder")
     return model, {}
