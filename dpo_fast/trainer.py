@@ -170,7 +170,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.optimizer = make_optimizer(policy.model, config)
         self.schedule = make_schedule(self.optimizer, config, num_steps)
-        self.step = 0
+        self.step = self.saved_step = 0
         self.watch = FiniteWatch()
         self.window = Window()
 
@@ -182,12 +182,14 @@ class Trainer:
             progress_line(self.console, "training", self.num_steps, self.step) as self.line,
             stop_signals() as stop,
         ):
+            self.saved_step = self.step
             while self.step < self.num_steps and not stop.is_set():
-                grad_norm = self.train_step()
-                self.after_step(grad_norm, stopping=stop.is_set())
+                self.after_step(self.train_step())
         self.watch.check()
         model_dir = None
         if self.step < self.num_steps:
+            # A signal may come at any moment, so whether this step was saved is known here and not before.
+            self.save()
             self.console.print(
                 f"stopped by a signal after step {self.step}; go on with --resume auto", highlight=False, soft_wrap=True
             )
@@ -222,7 +224,7 @@ class Trainer:
         self.step += 1
         return grad_norm
 
-    def after_step(self, grad_norm: Tensor, *, stopping: bool) -> None:
+    def after_step(self, grad_norm: Tensor) -> None:
         """Report, evaluate and save where a step calls for it."""
         config, step = self.config, self.step
         self.line.advance()
@@ -233,9 +235,15 @@ class Trainer:
         with self.window.paused():
             if self.eval_set.groups and (last or is_due(step, config.eval_steps)):
                 self.log(self.evaluate())
-            if is_due(step, config.save_steps) or (stopping and not last):
-                self.watch.check()
-                save_checkpoint(self.output_dir, step, self.write_checkpoint, keep=config.save_total_limit)
+            if is_due(step, config.save_steps):
+                self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, if there is none yet."""
+        self.watch.check()
+        if self.saved_step != self.step:
+            save_checkpoint(self.output_dir, self.step, self.write_checkpoint, keep=self.config.save_total_limit)
+        self.saved_step = self.step
 
     def log(self, row: dict[str, float]) -> None:
         """Write a row of metrics and show it."""

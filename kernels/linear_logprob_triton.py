@@ -71,7 +71,8 @@ def _cap(product, factor, gain, HAS_CAP: tl.constexpr):
     x = product * factor
     slope = 1.0
     if HAS_CAP:
-        t = _tanh(x)
+        # A capped logit is small: fp32 is enough for it where products are made in fp64.
+        t = _tanh(x.to(tl.float32))
         slope = 1 - t * t
         x = t * gain
     return x, slope

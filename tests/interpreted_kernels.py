@@ -159,7 +159,10 @@ def test_stats(dtype, spread, options):
     want = token_stats_ref(logits, target)
     for got, true in zip(stats[:3], want[:3], strict=True):
         torch.testing.assert_close(got.double(), true, rtol=1e-4, atol=1e-4)
-    assert torch.equal(stats.is_argmax, want.is_argmax)
+    top = logits.topk(2).values
+    clear = top[:, 0] - top[:, 1] > 1e-4  # a saturated softcap ties everything
+    assert torch.equal(stats.is_argmax[clear], want.is_argmax[clear])
+    assert options or clear.sum() > 30
     assert (options or spread == 1) or (value_and_gradients(linear_logprob, tensors, target)[0] < -45).any()
 
 

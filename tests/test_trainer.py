@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_fast.config import DPOConfig, TrainingError, UserError
 from dpo_fast.metrics import PAIR_METRICS
-from dpo_fast.trainer import train
+from dpo_fast.trainer import Trainer, train
 
 QUIET = Console(quiet=True)
 
@@ -194,6 +194,23 @@ def test_a_signal_ends_the_run_with_a_checkpoint(config, number, tmp_path):
     done = int(checkpoint.name.split("-")[1])
     resumed = train(config(max_steps=done + 2, resume="auto"), console=QUIET)
     assert resumed.step == done + 2
+
+
+@pytest.mark.parametrize("during", ["train_step", "after_step"])
+@pytest.mark.parametrize("save_steps", [0, 2])
+def test_a_signal_at_any_moment_of_a_step_leaves_its_checkpoint(config, monkeypatch, tmp_path, during, save_steps):
+    plain = getattr(Trainer, during)
+
+    def interrupted(self, *args):
+        result = plain(self, *args)
+        if self.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Trainer, during, interrupted)
+    result = train(config(save_steps=save_steps), console=QUIET)
+    assert (result.step, result.model_dir) == (2, None)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(config, monkeypatch, tmp_path):
