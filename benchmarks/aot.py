@@ -28,7 +28,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_fast.kernels import linear_logprob_gpu, linear_logprob_triton, logprob_triton
+from dpo_fast.kernels import gather_rows_triton, linear_logprob_gpu, linear_logprob_triton, logprob_triton
+from dpo_fast.kernels.gather_rows import RowIndex
 from dpo_fast.kernels.linear_logprob_torch import Head
 
 # Architecture: compile target, compute capability that the launchers are told, bytes of shared memory a block may have.
@@ -134,6 +135,10 @@ def launches(capability: int) -> list[Variant]:
             target = torch.empty(ROWS, dtype=torch.int64, device="meta")
             logp, lse = logprob_triton.forward(logits, target)
             logprob_triton.backward(logits, target, lse, logp, logp, logits)
+            index = torch.empty(2 * ROWS, dtype=torch.int64, device="meta")
+            rows = RowIndex(index, index, torch.empty(ROWS + 1, dtype=torch.int64, device="meta"))
+            keys = torch.empty(8, ROWS, 128, dtype=dtype, device="meta").transpose(0, 1)
+            gather_rows_triton.backward(gather_rows_triton.forward(keys, rows), rows)
     return list(caught.values())
 
 

@@ -68,6 +68,7 @@ class PackedBatch:
         hidden_index: (N,) int64, the row whose hidden state predicts the target.
         targets: (N,) int64 token ids.
         cu_answers: (S + 1,) int64, bounds of each answer's targets.
+        answer_segments: S numbers of segments, the answers' own.
         chosen, rejected: (P,) int64, indices of answers.
         pair_rows: P source rows, for messages.
         ref_logps: (N,) fp32 reference log-probs of the targets, or None.
@@ -84,6 +85,7 @@ class PackedBatch:
     chosen: Tensor
     rejected: Tensor
     pair_rows: tuple[int, ...]
+    answer_segments: tuple[int, ...]
     ref_logps: Tensor | None = None
 
     @property
@@ -130,6 +132,7 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
     chosen: list[int] = []
     rejected: list[int] = []
     rows: list[int] = []
+    answer_segments: list[int] = []
     start = num_answers = 0
     for group in groups:
         prompt_len = len(group.prompt_ids)
@@ -145,6 +148,7 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
         start += prompt_len
         for answer in group.answers:
             own = np.arange(start, start + len(answer))
+            answer_segments.append(len(ids))
             ids.append(answer)
             positions.append(np.arange(prompt_len, prompt_len + len(answer)))
             keys.append(np.concatenate([prompt, own]))
@@ -169,6 +173,7 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
         chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64),
         pair_rows=tuple(rows),
+        answer_segments=tuple(answer_segments),
         ref_logps=flat_ref,
     )
 

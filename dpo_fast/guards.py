@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast.batch import Group
-from dpo_fast.config import DPOConfig, TrainingError
+from dpo_fast.batch import Group, pack
+from dpo_fast.config import DPOConfig, TrainingError, UserError
 from dpo_fast.losses import LOSSES, PairLogps
-from dpo_fast.model import Policy
+from dpo_fast.model import CannotPack, Policy, use_own_attention, use_packed_attention
+
+logger = logging.getLogger("dpo_fast")
+
+# Tokens of the group that the packed forward is checked on: enough to show a difference, few enough to cost nothing.
+CHECKED_TOKENS = 64
 
 
 def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPOConfig, policy: Policy) -> None:
@@ -63,3 +70,65 @@ class FiniteWatch:
                 "saved after it; look at these rows, lower --learning_rate, or go on from the last checkpoint with "
                 "--resume auto"
             )
+
+
+@torch.no_grad()
+def check_packed_forward(policy: Policy, groups: list[Group]) -> None:
+    """Compare one packed group with the model's own forward, one answer at a time.
+
+    This is what turns an architecture that packs do not fit (a recurrent one, another mask) into answers computed one
+    by one, with a warning, and one whose head is another into a message: never a silent wrong answer. It costs one
+    short forward a start.
+
+    Raises:
+        UserError: even one by one a log-prob differs by more than the dtype's noise.
+    """
+    group = _telling_group(groups)
+    batch = pack([group])
+    name = type(policy.model).__name__
+    packed, reason = None, ""
+    try:
+        packed = policy.score(batch)
+    except CannotPack as feature:
+        reason = str(feature)
+    use_own_attention(policy.model)
+    plain = torch.cat([_plain_logps(policy, group, answer) for answer in group.answers])
+    if packed is not None:
+        difference = _largest_difference(packed, plain)
+        if difference <= policy.noise:
+            use_packed_attention(policy.model)
+            return
+        reason = f"row {group.row} comes out {difference:.2g} nats off"
+    policy.shares_prompts = False
+    logger.warning(
+        "%s cannot share a prompt among answers (%s): each answer is computed with a prompt of its own", name, reason
+    )
+    difference = _largest_difference(policy.score(batch), plain)
+    if not difference <= policy.noise:
+        raise UserError(
+            f"{name} gives other log-probs than its own forward (row {group.row}: {difference:.2g} nats apart, "
+            f"expected at most {policy.noise:g}): its head is not supported yet"
+        )
+
+
+def _telling_group(groups: list[Group]) -> Group:
+    """The cheapest group in which a state that leaks from answer to answer would show, else the longest."""
+    telling = [
+        group
+        for group in groups
+        if len(group.prompt_ids) and min(map(len, group.answers)) > 1 and group.num_tokens >= CHECKED_TOKENS
+    ]
+    return min(telling, key=lambda g: g.num_tokens) if telling else max(groups, key=lambda g: g.num_tokens)
+
+
+def _largest_difference(left: Tensor, right: Tensor) -> float:
+    return (left - right).abs().max().item()
+
+
+def _plain_logps(policy: Policy, group: Group, answer: np.ndarray) -> Tensor:
+    """Log-probs of one answer's scored tokens by the model's own forward and torch's log_softmax."""
+    ids = torch.from_numpy(np.concatenate([group.prompt_ids, answer]).astype(np.int64)).to(policy.device)
+    with policy.autocast():
+        logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    logps = logits.float().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    return logps[-len(answer) :].cpu()

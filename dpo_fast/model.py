@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.batch import Group, PackedBatch, pack
+from dpo_fast.batch import PackedBatch
 from dpo_fast.config import ModelConfig, UserError
 from dpo_fast.kernels import autotune
 from dpo_fast.kernels.linear_logprob import linear_logprob
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 PACKED_ATTENTION = "dpo_fast_packed"
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
 NUMERICS_VERSION = 1
-# Attention features whose keyword the packed attention does not honour; a model that uses one is refused.
-_UNSUPPORTED_ATTENTION = ("softcap", "sliding_window", "s_aux", "position_bias")
+# Keyword arguments of attention that change what it computes and that packs do not honour; a model that uses one is
+# scored answer by answer.
+_UNSUPPORTED_ATTENTION = ("position_bias", "alibi", "chunk_size")
+
+
+class CannotPack(Exception):
+    """A model whose sequences cannot share a prompt; the message says why."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -102,10 +108,7 @@ def _disable_dropout(model: nn.Module) -> None:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let the model's attention read packs. It stays set, since gradient checkpointing runs forwards in the backward.
-
-    `model.set_attn_implementation("sdpa")` undoes it, for `generate`.
-    """
+    """Let the model's attention read packs. It stays set: gradient checkpointing runs forwards in the backward."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
@@ -120,6 +123,9 @@ def _packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packed_layout: PrefixLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -131,11 +137,41 @@ def _packed_attention(
         )
     for name in _UNSUPPORTED_ATTENTION:
         if kwargs.get(name) is not None:
-            raise UserError(
-                f"{type(module).__name__} uses {name} in its attention, which shared-prompt packs do not support yet"
-            )
+            raise CannotPack(f"{type(module).__name__} uses {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return prefix_attention(query, key, value, packed_layout, scale).transpose(1, 2), None
+    out = prefix_attention(
+        query, key, value, packed_layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+    )
+    return out.transpose(1, 2), None
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Undo `use_packed_attention`: the model reads plain batches, by the best attention that it has of its own."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # this architecture has none
+        model.set_attn_implementation("eager")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a forward over a pack gives.
+
+    Attributes:
+        logps: (N,) fp32 log-probs of the targets.
+        router_loss: load-balancing loss of a mixture of experts, to be added to a mean loss; None for other models.
+    """
+
+    logps: Tensor
+    router_loss: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """(N, D) hidden states of the rows before the targets, and one (T, E) tensor of router logits a layer."""
+
+    rows: Tensor
+    router_logits: tuple[Tensor, ...]
 
 
 class Policy:
@@ -149,6 +185,7 @@ class Policy:
         self.device = device
         self.bf16 = bf16
         self.memory_budget = memory_budget
+        self.shares_prompts = True
 
     @classmethod
     def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
@@ -172,7 +209,8 @@ class Policy:
     @property
     def numerics(self) -> str:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
-        return f"v{NUMERICS_VERSION} {self.compute_dtype} {PACKED_ATTENTION}"
+        layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
+        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}"
 
     @property
     def noise(self) -> float:
@@ -183,26 +221,62 @@ class Policy:
         """The context that the decoder's body runs in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def token_logps(self, batch: PackedBatch) -> Tensor:
-        """Log-probs of a pack's targets: the decoder's body over the pack, the head over the target rows alone.
+    def forward(self, batch: PackedBatch) -> Scored:
+        """The decoder's body over the pack, the head over the target rows alone.
 
         Returns:
-            (N,) fp32, in the order of `batch.targets`, differentiable.
+            Log-probs in the order of `batch.targets`, differentiable.
         """
+        decoded = self._decode_packed(batch) if self.shares_prompts else self._decode_answers(batch)
+        return Scored(self.head_logps(decoded.rows, batch.targets), self._router_loss(decoded.router_logits))
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """(N,) fp32 log-probs of `forward`."""
+        return self.forward(batch).logps
+
+    def _decode_packed(self, batch: PackedBatch) -> _Decoded:
         layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
+        decoded = self._decode(batch.input_ids, position_ids=batch.position_ids[None], packed_layout=layout)
+        return replace(decoded, rows=decoded.rows.index_select(0, batch.hidden_index))
+
+    def _decode_answers(self, batch: PackedBatch) -> _Decoded:
+        """One sequence an answer, no padding: for models whose sequences cannot share a prompt."""
+        key_bounds, target_bounds = batch.cu_seqlens_k.tolist(), batch.cu_answers.tolist()
+        parts = []
+        for answer, segment in enumerate(batch.answer_segments):
+            keys = batch.kv_index[key_bounds[segment] : key_bounds[segment + 1]]
+            num_targets = target_bounds[answer + 1] - target_bounds[answer]
+            decoded = self._decode(batch.input_ids[keys])
+            parts.append(replace(decoded, rows=decoded.rows[len(keys) - 1 - num_targets : len(keys) - 1]))
+        routers = zip(*(part.router_logits for part in parts), strict=True)
+        return _Decoded(torch.cat([part.rows for part in parts]), tuple(torch.cat(layer) for layer in routers))
+
+    def _decode(self, ids: Tensor, **arguments: Any) -> _Decoded:
+        if self._has_router_loss:
+            arguments["output_router_logits"] = True
         with self.autocast():
-            hidden = self.model.get_decoder()(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                packed_layout=layout,
-            ).last_hidden_state[0]
-        return self.head_logps(hidden.index_select(0, batch.hidden_index), batch.targets)
+            outputs = self.model.get_decoder()(input_ids=ids[None], use_cache=False, **arguments)
+        return _Decoded(outputs.last_hidden_state[0], tuple(getattr(outputs, "router_logits", None) or ()))
+
+    @property
+    def _has_router_loss(self) -> bool:
+        """As in transformers and TRL, a mixture of experts is balanced where its configuration says so."""
+        return bool(getattr(self.model.config, "output_router_logits", False))
+
+    def _router_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor | None:
+        """The load-balancing loss of the model's own class, times its coefficient; None where there is none."""
+        if not self._has_router_loss or not router_logits or not torch.is_grad_enabled():
+            return None
+        balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
+        loss = balance(router_logits, self.model.num_experts, self.model.num_experts_per_tok)
+        return self.model.router_aux_loss_coef * loss
 
     def head_logps(self, rows: Tensor, targets: Tensor) -> Tensor:
         """Log-probs of `targets` (N,) under the LM head, from the hidden states `rows` (N, D) one position earlier."""
         head = self.model.get_output_embeddings()
         text_config = self.model.config.get_text_config()
+        # Granite divides its logits, Cohere multiplies them.
+        divisor = getattr(text_config, "logits_scaling", None) or 1 / (getattr(text_config, "logit_scale", None) or 1)
         dtype = self.compute_dtype
         bias = getattr(head, "bias", None)
         return linear_logprob(
@@ -211,7 +285,7 @@ class Policy:
             targets,
             bias=None if bias is None else bias.to(dtype),
             softcap=getattr(text_config, "final_logit_softcapping", None),
-            temperature=getattr(text_config, "logits_scaling", None) or 1.0,
+            temperature=divisor,
             memory_budget=self.memory_budget,
         )
 
@@ -232,41 +306,6 @@ class Policy:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-@torch.no_grad()
-def check_packed_forward(policy: Policy, groups: list[Group]) -> None:
-    """Compare one packed group with the model's own forward, one answer at a time, and stop if they differ.
-
-    This is what turns an architecture that packs do not fit (another mask, another head) into a message instead of a
-    silent wrong answer. It costs one short forward a start.
-
-    Raises:
-        UserError: a log-prob differs by more than the dtype's noise.
-    """
-    group = min(groups, key=lambda g: (not len(g.prompt_ids), g.num_tokens))
-    packed = policy.score(pack([group]))
-    policy.model.set_attn_implementation("sdpa")
-    try:
-        plain = torch.cat([_plain_logps(policy, group, answer) for answer in group.answers])
-    finally:
-        use_packed_attention(policy.model)
-    error = (packed - plain).abs().max().item()
-    if not error <= policy.noise:
-        raise UserError(
-            f"{type(policy.model).__name__} gives other log-probs in a shared-prompt pack than alone (row "
-            f"{group.row}: {error:.2g} nats apart, expected at most {policy.noise:g}); its attention or its head is "
-            "not supported yet"
-        )
-
-
-def _plain_logps(policy: Policy, group: Group, answer: np.ndarray) -> Tensor:
-    """Log-probs of one answer's scored tokens by the model's own forward and torch's log_softmax."""
-    ids = torch.from_numpy(np.concatenate([group.prompt_ids, answer]).astype(np.int64)).to(policy.device)
-    with policy.autocast():
-        logits = policy.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    logps = logits.float().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-    return logps[-len(answer) :].cpu()
 
 
 def warn_if_weights_cannot_move(config: ModelConfig, learning_rate: float) -> None:

@@ -14,8 +14,9 @@ from dpo_fast.batch import Group
 from dpo_fast.checkpoint import write_file_atomically
 from dpo_fast.config import ModelConfig, ScoreConfig, UserError
 from dpo_fast.data import best_fit_decreasing, load_groups
+from dpo_fast.guards import check_packed_forward
 from dpo_fast.kernels.autotune import cache_dir
-from dpo_fast.model import Policy, check_packed_forward, load_tokenizer
+from dpo_fast.model import Policy, load_tokenizer
 from dpo_fast.progress import progress_line
 from dpo_fast.reference import AnswerLogps, Reference, ReferenceStore, model_fingerprint
 
@@ -89,7 +90,7 @@ def reference_logps(
         groups: all groups; `packs` lists indices into them.
         packs: layout to score in; a group that is in no pack is not scored.
         console: for the progress line.
-        policy: the reference, if it is loaded already; else it is loaded only if a row is missing.
+        policy: the reference, if it is loaded and checked already; else it is loaded only if a row is missing.
         fingerprint: of the reference, if it is known from an earlier start.
 
     Returns:
@@ -99,11 +100,12 @@ def reference_logps(
     wanted = [i for packed in packs for i in packed]
     with ReferenceStore(path) as store:
         if fingerprint is None or Reference(store, fingerprint).missing([groups[i] for i in wanted]):
-            policy = policy or Policy.load(config, name)
+            if policy is None:
+                policy = Policy.load(config, name)
+                check_packed_forward(policy, [groups[i] for i in wanted])
             fingerprint = model_fingerprint(policy.model, numerics=policy.numerics)
         reference = Reference(store, fingerprint)
         if policy is not None:
-            check_packed_forward(policy, [groups[i] for i in wanted])
             _fill(reference, policy, groups, packs, console)
         found = dict(zip(wanted, reference.lookup([groups[i] for i in wanted]), strict=True))
     return [found.get(i, ()) for i in range(len(groups))], fingerprint

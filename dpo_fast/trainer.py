@@ -33,7 +33,7 @@ from dpo_fast.checkpoint import (
 )
 from dpo_fast.config import DPOConfig, UserError
 from dpo_fast.data import StepSampler, best_fit_decreasing, load_groups
-from dpo_fast.guards import FiniteWatch, check_first_step
+from dpo_fast.guards import FiniteWatch, check_first_step, check_packed_forward
 from dpo_fast.losses import LOSSES
 from dpo_fast.metrics import MetricsFile, PairAverage, Window, pair_metrics, peak_memory_gib, read_metrics
 from dpo_fast.model import Policy, load_tokenizer, warn_if_weights_cannot_move
@@ -100,6 +100,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
 
     torch.manual_seed(config.seed)
     policy = Policy.load(config, str(checkpoint) if checkpoint else None)
+    check_packed_forward(policy, groups)
     state = load_state(checkpoint / STATE_FILE) if checkpoint else None
     # The packs of the first epoch hold every group that the run will read, in the layout of its first steps: scored in
     # them, the reference equals the untrained policy bit for bit.
@@ -371,9 +372,14 @@ def start_output(config: DPOConfig, output_dir: Path, step: int) -> None:
 def loss_and_metrics(policy: Policy, batch: PackedBatch, config: DPOConfig) -> tuple[Tensor, Tensor]:
     """A pack's summed loss, and its metrics as (len(PAIR_METRICS), P)."""
     batch = batch.to(policy.device)
-    pairs = pair_logps(batch, policy.token_logps(batch))
+    scored = policy.forward(batch)
+    pairs = pair_logps(batch, scored.logps)
     losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
-    return losses.sum(), pair_metrics(pairs, losses, config.beta)
+    loss = losses.sum()
+    if scored.router_loss is not None:
+        # It is a mean over the pack's tokens, and counts as the pack's pairs do.
+        loss = loss + batch.num_pairs * scored.router_loss
+    return loss, pair_metrics(pairs, losses, config.beta)
 
 
 def backward(policy: Policy, batch: PackedBatch, config: DPOConfig, num_pairs: int) -> Tensor:

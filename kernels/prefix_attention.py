@@ -1,24 +1,31 @@
 """Causal attention over packs that hold each prompt once.
 
-A pack is cut into segments, prompts and answers. The queries of segment m are rows cu_q[m]:cu_q[m+1] of the
-pack; its keys are rows kv_index[cu_k[m]:cu_k[m+1]]: for a prompt its own rows, for an answer its prompt's and
-then its own. Query i of a segment with L_q queries and L_k keys sees keys 0 .. L_k - L_q + i: causal, aligned
-at the bottom right.
+A pack is cut into segments, prompts and answers. The queries of segment m are rows cu_q[m]:cu_q[m+1] of the pack; its
+keys are rows kv_index[cu_k[m]:cu_k[m+1]]: for a prompt its own rows, for an answer its prompt's and then its own. Query
+i of a segment with L_q queries and L_k keys stands at place p = L_k - L_q + i and sees keys j <= p (causal, aligned at
+the bottom right), with a sliding window of W also j > p - W:
 
-    out_i = sum_j softmax_j(scale q_i · k_j) v_j
+    x_ij = cap(scale q_i · k_j)             cap(x) = softcap tanh(x / softcap), as in Gemma 2
+    out_i = Σ_j e^x_ij v_j / (e^s + Σ_j e^x_ij)         s: the head's sink, as in gpt-oss; without one e^s = 0
 
-An answer of A tokens after a prompt of P pays A (P + A) score entries, and the prompt pays P² once for all
-answers. The keys are gathered by one index_select, whose backward sums the gradient of a prompt over its
-answers in a fixed order on a CPU: same inputs, same bits.
+An answer of A tokens after a prompt of P pays A (P + A) score entries, and the prompt pays P² once for all answers.
+
+Two ways: on a GPU in half precision one variable-length call for all segments (flash attention as PyTorch ships it);
+else one scaled-dot-product call per segment, which is also the way of caps and sinks, which the former lacks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
+
+Way = Literal["auto", "varlen", "segments"]
 
 
 @dataclass(frozen=True)
@@ -27,48 +34,172 @@ class PrefixLayout:
 
     Attributes:
         query_lengths, key_lengths: M lengths, one a segment.
-        kv_index: (K,) int64 rows that form the keys.
-        masks: M boolean (L_q, L_k) masks, True where a query may look; None for a prompt, which is plainly
-            causal.
+        kv_index: (K,) rows that form the keys, and the way back.
+        cu_seqlens_q, cu_seqlens_k: (M + 1,) int32 bounds on the device of `kv_index`.
+        masks: made when a segment first needs one, shared by all layers.
     """
 
     query_lengths: list[int]
     key_lengths: list[int]
-    kv_index: Tensor
-    masks: list[Tensor | None]
+    kv_index: RowIndex
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, num_queries: int, num_keys: int, window: int | None) -> Tensor:
+        """(L_q, L_k) bool, True where a query may look; the last query stands at the last key."""
+        key = (num_queries, num_keys, window)
+        if key not in self.masks:
+            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=self.cu_seqlens_q.device)
+            seen = ones.tril(num_keys - num_queries)
+            self.masks[key] = seen if window is None else seen.triu(num_keys - num_queries - window + 1)
+        return self.masks[key]
 
 
 def prefix_layout(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_index: Tensor) -> PrefixLayout:
-    """Lengths and masks of a pack's segments, from the (M + 1,) int64 bounds of `PackedBatch` on the CPU."""
-    query_lengths = cu_seqlens_q.diff().tolist()
-    key_lengths = cu_seqlens_k.diff().tolist()
-    masks = [
-        None
-        if q_len == k_len
-        else torch.ones(q_len, k_len, dtype=torch.bool, device=kv_index.device).tril(k_len - q_len)
-        for q_len, k_len in zip(query_lengths, key_lengths, strict=True)
-    ]
-    return PrefixLayout(query_lengths, key_lengths, kv_index, masks)
+    """The layout of a pack, from the (M + 1,) int64 bounds of `PackedBatch` on the CPU and (K,) int64 rows."""
+    device = kv_index.device
+    return PrefixLayout(
+        cu_seqlens_q.diff().tolist(),
+        cu_seqlens_k.diff().tolist(),
+        RowIndex.of(kv_index, int(cu_seqlens_q[-1])),
+        cu_seqlens_q.to(device, torch.int32, non_blocking=True),
+        cu_seqlens_k.to(device, torch.int32, non_blocking=True),
+    )
 
 
-def prefix_attention(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-    """One scaled-dot-product call per segment.
+def prefix_attention_ref(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`prefix_attention` as the formula has it, query by query; the truth of the tests when given fp64."""
+    repeats = query.shape[1] // key.shape[1]
+    keys, values = (x[0].repeat_interleave(repeats, 0)[:, layout.kv_index.index] for x in (key, value))
+    out = torch.empty_like(query)
+    first_query = first_key = 0
+    for num_queries, num_keys in zip(layout.query_lengths, layout.key_lengths, strict=True):
+        for i in range(num_queries):
+            place = num_keys - num_queries + i
+            start = 0 if window is None else max(0, place - window + 1)
+            seen = slice(first_key + start, first_key + place + 1)
+            scores = scale * (keys[:, seen] @ query[0, :, first_query + i, :, None])[..., 0]
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[:, None].to(scores.dtype)], 1)
+            weights = scores.softmax(-1)[:, : place + 1 - start]
+            out[0, :, first_query + i] = (weights[:, None] @ values[:, seen])[:, 0]
+        first_query += num_queries
+        first_key += num_keys
+    return out
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    way: Way = "auto",
+) -> Tensor:
+    """Attention of all segments of a pack.
 
     Args:
         query: (1, H, T, d), rotated.
         key, value: (1, H_kv, T, d) with H a multiple of H_kv (grouped queries); never repeated.
         layout: of the pack.
         scale: factor of the scores, usually d ** -0.5.
+        window: sliding window W, the query's own token included; None for none.
+        softcap: of the scores; None for none.
+        sinks: (H,) logits of the heads' sinks; None for none.
+        way: "varlen" (CUDA, half precision, no softcap, no sinks), "segments", or "auto": the former where it can.
 
     Returns:
         (1, H, T, d) in the dtype of `query`.
     """
-    grouped = query.shape[1] != key.shape[1]
-    queries = query.split(layout.query_lengths, dim=2)
-    keys = key.index_select(2, layout.kv_index).split(layout.key_lengths, dim=2)
-    values = value.index_select(2, layout.kv_index).split(layout.key_lengths, dim=2)
+    can_varlen = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+    if way == "varlen" or (way == "auto" and can_varlen and softcap is None and sinks is None):
+        return _varlen(query, key, value, layout, scale, window)
+    keys, values = (gather_rows(x[0].transpose(0, 1), layout.kv_index).transpose(0, 1)[None] for x in (key, value))
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
-        for q, k, v, mask in zip(queries, keys, values, layout.masks, strict=True)
+        _segment(q, k, v, layout, scale, window, softcap, sinks)
+        for q, k, v in zip(
+            query.split(layout.query_lengths, dim=2),
+            keys.split(layout.key_lengths, dim=2),
+            values.split(layout.key_lengths, dim=2),
+            strict=True,
+        )
     ]
     return torch.cat(outputs, dim=2)
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float, window: int | None
+) -> Tensor:
+    """One call of flash attention for all segments."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = varlen_attn(
+        q.contiguous(),
+        gather_rows(k, layout.kv_index),
+        gather_rows(v, layout.kv_index),
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_k,
+        max(layout.query_lengths),
+        max(layout.key_lengths),
+        scale=scale,
+        # Flash attention counts the tokens to the left, ours the token itself as well.
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(0, 1)[None]
+
+
+def _segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if window is not None:
+        # Keys that no query of the segment sees are left out, so that long prompts cost what the window costs.
+        seen = min(num_keys, num_queries + window - 1)
+        key, value, num_keys = key[:, :, num_keys - seen :], value[:, :, num_keys - seen :], seen
+        window = window if window < num_keys else None
+    is_causal = num_queries == num_keys and window is None
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None and sinks is None:
+        mask = None if is_causal else layout.mask(num_queries, num_keys, window)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    q = query.reshape(1, kv_heads, heads // kv_heads, num_queries, -1)
+    scores = scale * (q @ key[:, :, None].transpose(-1, -2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~layout.mask(num_queries, num_keys, window), -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1)[..., :num_keys].to(value.dtype)
+    return (weights @ value[:, :, None]).reshape(query.shape)

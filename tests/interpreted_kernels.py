@@ -9,6 +9,7 @@ from triton.runtime import interpreter
 from dpo_fast.kernels import linear_logprob_gpu as gpu
 from dpo_fast.kernels import linear_logprob_triton as kernels
 from dpo_fast.kernels import logprob_triton
+from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref, linear_logprob_with_stats
 from dpo_fast.kernels.logprob import logprob, logprob_ref
 from dpo_fast.kernels.token_stats import token_stats_ref
@@ -235,6 +236,21 @@ def test_logprob(dtype, shape, spread):
         # z - logsumexp(z) cannot be had more exactly than logsumexp(z) is known.
         known = double.abs().max().item() * 2**-23
         assert (grad - true_grad).abs().max() < known + {torch.float32: 1e-6}.get(dtype, 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 1, 5), (7, 3, 1030), (7, 9)])
+def test_gather_rows(dtype, shape):
+    rows = RowIndex.of(torch.tensor([6, 0, 2, 2, 1, 2, 0]), 7)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if len(shape) == 3:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    x.requires_grad_()
+    got, want = (gather_rows(x, rows, backend=backend) for backend in ("triton", "torch"))
+    assert torch.equal(got, want)
+    grad = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found, true = (torch.autograd.grad(y, x, grad)[0] for y in (got, want))
+    torch.testing.assert_close(found, true, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-6)
 
 
 def numerics_rows(v, d):

@@ -8,8 +8,9 @@ from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_t
 
 from dpo_fast.batch import pack, pair_logps
 from dpo_fast.config import DPOConfig, ModelConfig, UserError
+from dpo_fast.guards import check_packed_forward
 from dpo_fast.losses import LOSSES
-from dpo_fast.model import Policy, check_packed_forward, load_tokenizer, use_packed_attention
+from dpo_fast.model import Policy, load_tokenizer, use_packed_attention
 from dpo_fast.trainer import PairSet, backward
 
 BETA = 0.3
@@ -139,11 +140,13 @@ def test_bf16_autocast_stays_near_fp32():
     assert half.numerics != as_policy(model).numerics
 
 
-def test_an_architecture_that_packs_do_not_fit_is_refused(monkeypatch):
-    """A model whose own forward differs (here: its positions are scaled) must stop the run, not train on nonsense."""
+def test_an_architecture_that_packs_do_not_fit_is_computed_answer_by_answer(monkeypatch, caplog):
+    """Positions that are scaled in packs alone stand for any model whose packed forward is another."""
     policy = as_policy(tiny_llama())
     groups = random_groups(3, seed=8)
     check_packed_forward(policy, groups)
+    assert policy.shares_prompts
+    right = policy.score(pack(groups))
     decoder = policy.model.get_decoder()
     plain_forward = decoder.forward
 
@@ -153,8 +156,20 @@ def test_an_architecture_that_packs_do_not_fit_is_refused(monkeypatch):
         return plain_forward(*args, packed_layout=packed_layout, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(decoder, "forward", forward)
-    with pytest.raises(UserError, match="not supported yet"):
-        check_packed_forward(policy, groups)
+    numerics = policy.numerics
+    check_packed_forward(policy, groups)
+    assert not policy.shares_prompts
+    assert policy.numerics != numerics
+    assert "cannot share a prompt among answers (row" in caplog.text
+    torch.testing.assert_close(policy.score(pack(groups)), right, rtol=0, atol=1e-5)
+
+
+def test_a_head_that_is_another_is_refused(monkeypatch):
+    policy = as_policy(tiny_llama())
+    head = policy.model.lm_head.forward
+    monkeypatch.setattr(policy.model.lm_head, "forward", lambda x: head(x) * 1.5)
+    with pytest.raises(UserError, match="its head is not supported yet"):
+        check_packed_forward(policy, random_groups(3, seed=8))
 
 
 def test_a_plain_batch_on_a_packed_model_is_refused():

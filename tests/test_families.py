@@ -1,0 +1,183 @@
+"""Shared-prompt packs on the model families that people use, against each model's own forward, answer by answer."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from oracle import random_groups
+
+from dpo_fast.batch import Group, pack
+from dpo_fast.guards import check_packed_forward
+from dpo_fast.model import Policy, use_own_attention, use_packed_attention
+
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 4}
+# Windows are shorter than most sequences of the tests, so that they cut.
+FAMILIES = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2": {},
+    "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 1},
+    "Qwen3": {"head_dim": 8},
+    "Qwen3Moe": {**EXPERTS, "head_dim": 8},
+    "Gemma2": {
+        **{"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6},
+        **{"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    },
+    "Gemma3Text": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "Phi": {},
+    "Phi3": {"sliding_window": 7},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "GPTNeoX": {"rotary_pct": 0.5},
+    "SmolLM3": {},
+    "Olmo2": {},
+    "GptOss": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "Granite": {"logits_scaling": 3.0},
+    "Cohere": {"logit_scale": 0.5},
+}
+# These carry a state from token to token, which answers cannot share.
+RECURRENT = {
+    "Mamba": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.2},
+    "FalconH1": {
+        **COMMON,
+        **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    },
+}
+
+
+def make(family, settings, *, seed=0):
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**settings)
+    name = family.removesuffix("Text")
+    cls = getattr(transformers, f"{name}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")
+    model = cls(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms and biases start as ones and zeros, which would hide them
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def as_policy(model):
+    use_packed_attention(model)
+    return Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
+
+
+def own_logps(model, groups):
+    """Log-probs of all answers by the model's own eager forward, one unpadded sequence at a time."""
+    model.set_attn_implementation("eager")
+    parts = []
+    for group in groups:
+        for answer in group.answers:
+            ids = torch.tensor([[*group.prompt_ids, *answer]])
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+            parts.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[-len(answer) :, 0])
+    return torch.cat(parts)
+
+
+def gradients(logps, model):
+    """Gradients of a fixed weighting of the log-probs."""
+    model.zero_grad()
+    weights = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
+    (logps * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    settings = FAMILIES[request.param]
+    own = {"vocab_size", "initializer_range", "bos_token_id", "eos_token_id"}
+    base = {k: v for k, v in COMMON.items() if k in own} if request.param == "GPT2" else COMMON
+    return make(request.param, {**base, **settings})
+
+
+def test_packed_is_the_models_own_forward_and_backward(family):
+    groups = random_groups(5, seed=3, num_answers=3)
+    want = own_logps(family, groups)
+    true_grads = gradients(want, family)
+    policy = as_policy(family)
+    got = policy.token_logps(pack(groups))
+    assert (got - want).abs().max() < 1e-4
+    assert want.min() < -6.5, "the model is all but uniform, so that nothing would show"
+    grads = gradients(got, family)
+    assert grads.keys() == true_grads.keys()
+    for name, true in true_grads.items():
+        assert (grads[name] - true).norm() <= 1e-5 * true.norm() + 1e-6, name
+
+
+def test_a_groups_result_depends_on_nothing_else_in_the_pack(family):
+    """In other orders, beside other neighbours, and beside neighbours whose tokens have embeddings of NaN."""
+    if any("num_experts" in key or "num_local_experts" in key for key in family.config.to_dict()):
+        poison = 1.0  # NaN reaches the others through the sorting of tokens by expert, in the model's own code
+    else:
+        poison = torch.nan
+    groups = [g for g in random_groups(6, seed=5) if not any((a == 2).any() for a in (g.prompt_ids, *g.answers))]
+    policy = as_policy(family)
+    alone = [policy.score(pack([group])) for group in groups]
+    order = [2, 0, 3, 1]
+    batch = pack([groups[i] for i in order])
+    scores = policy.score(batch).split(batch.answer_lengths.tolist())
+    for place, i in enumerate(order):
+        torch.testing.assert_close(torch.cat(scores[2 * place : 2 * place + 2]), alone[i], rtol=0, atol=1e-5)
+    bad = Group(9, groups[1].prompt_ids.copy(), tuple(a.copy() for a in groups[1].answers))
+    bad.prompt_ids[-1] = bad.answers[0][-1] = 2
+    embedding = family.get_input_embeddings()
+    head = copy.deepcopy(family.get_output_embeddings())  # untied: its row 2 stays finite
+    with torch.no_grad():
+        embedding.weight[2] = poison
+    family.set_output_embeddings(head)
+    batch = pack([bad, groups[0], bad])
+    scores = policy.score(batch).split(batch.answer_lengths.tolist())
+    torch.testing.assert_close(torch.cat(scores[2:4]), alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family_name", RECURRENT)
+def test_recurrent_models_compute_each_answer_with_its_own_prompt(family_name, caplog):
+    model = make(family_name, RECURRENT[family_name])
+    groups = random_groups(3, seed=3)
+    want = own_logps(model, groups).detach()
+    policy = as_policy(model)
+    check_packed_forward(policy, groups)
+    assert not policy.shares_prompts
+    assert "cannot share a prompt among answers" in caplog.text
+    got = policy.token_logps(pack(groups))
+    assert (got - want).abs().max() < 1e-4
+    got.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family_name", ["Mixtral", "Qwen2Moe", "Qwen3Moe", "GptOss"])
+def test_router_loss_is_the_models_own(family_name):
+    settings = {**COMMON, **FAMILIES[family_name], "output_router_logits": True, "router_aux_loss_coef": 0.3}
+    model = make(family_name, settings)
+    # One prompt with one answer is one sequence, so the model's own statistics are over the same tokens.
+    (group,) = random_groups(1, seed=4, num_answers=1)
+    group = Group(0, group.prompt_ids, group.answers, pairs=())
+    ids = torch.tensor([[*group.prompt_ids, *group.answers[0]]])
+    want = 0.3 * model(input_ids=ids, output_router_logits=True, use_cache=False).aux_loss
+    policy = as_policy(model)
+    for shares_prompts in (True, False):
+        policy.shares_prompts = shares_prompts
+        if not shares_prompts:
+            use_own_attention(model)
+        got = policy.forward(pack([group])).router_loss
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        assert got.requires_grad
+    with torch.no_grad():
+        assert policy.forward(pack([group])).router_loss is None

@@ -1,0 +1,115 @@
+"""Attention over packs against its formula in fp64, and the gather of keys against plain indexing."""
+
+import pytest
+import torch
+from oracle import random_groups
+
+from dpo_fast.batch import pack
+from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
+from dpo_fast.kernels.prefix_attention import prefix_attention, prefix_attention_ref, prefix_layout
+
+OPTIONS = [
+    {},
+    {"window": 1},
+    {"window": 4},
+    {"window": 1000},
+    {"softcap": 1.5},
+    {"sinks": True},
+    {"window": 5, "softcap": 2.0, "sinks": True},
+]
+
+
+def make(heads, kv_heads, dim=8, *, dtype=torch.float64, num_answers=2, seed=0):
+    batch = pack(random_groups(4, seed=seed, num_answers=num_answers))
+    layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(h):
+        return torch.randn(1, h, batch.num_tokens, dim, generator=generator, dtype=dtype).requires_grad_()
+
+    return layout, (random(heads), random(kv_heads), random(kv_heads))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
+def test_value_and_gradients_are_the_formulas(options, heads, kv_heads):
+    layout, inputs = make(heads, kv_heads, num_answers=3)
+    options = dict(options)
+    if "sinks" in options:
+        options["sinks"] = torch.linspace(-1, 2, heads, dtype=torch.float64).requires_grad_()
+        inputs = (*inputs, options["sinks"])
+    want = prefix_attention_ref(*inputs[:3], layout, scale=0.4, **options)
+    got = prefix_attention(*inputs[:3], layout, scale=0.4, **options)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    weights = torch.linspace(-1, 1, want.numel(), dtype=torch.float64).view_as(want)
+    true_grads = torch.autograd.grad((want * weights).sum(), inputs)
+    for grad, true in zip(torch.autograd.grad((got * weights).sum(), inputs), true_grads, strict=True):
+        torch.testing.assert_close(grad, true, rtol=1e-9, atol=1e-11)
+
+
+def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What PyTorch's documentation says of `varlen_attn`, in plain PyTorch."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    left, right = window_size
+    assert right == 0
+    repeats = q.shape[1] // k.shape[1]
+    parts = []
+    for m in range(len(cu_q) - 1):
+        qs, ks, vs = q[cu_q[m] : cu_q[m + 1]], k[cu_k[m] : cu_k[m + 1]], v[cu_k[m] : cu_k[m + 1]]
+        place = torch.arange(len(ks) - len(qs), len(ks))[:, None]
+        keys = torch.arange(len(ks))
+        seen = (keys <= place) & ((left < 0) | (keys >= place - left))
+        scores = torch.einsum("qhd,khd->hqk", qs, ks.repeat_interleave(repeats, 1)) * scale
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, vs.repeat_interleave(repeats, 1)))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 1000])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_one_call_for_gpus_is_given_the_right_bounds(monkeypatch, window, kv_heads):
+    """There is no such kernel for CPUs, so its documented behaviour stands in for it."""
+    import torch.nn.attention.varlen
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_by_hand)
+    layout, inputs = make(4, kv_heads)
+    want = prefix_attention(*inputs, layout, scale=0.3, window=window, way="segments")
+    got = prefix_attention(*inputs, layout, scale=0.3, window=window, way="varlen")
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    grads, others = (torch.autograd.grad(x.square().sum(), inputs) for x in (got, want))
+    for grad, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-11)
+
+
+def test_masks_are_shared_by_layers():
+    layout, inputs = make(2, 2)
+    prefix_attention(*inputs, layout, scale=1.0)
+    masks = dict(layout.masks)
+    assert masks
+    prefix_attention(*inputs, layout, scale=1.0)
+    assert all(layout.masks[key] is mask for key, mask in masks.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gather_and_its_sum(dtype):
+    index = torch.tensor([3, 0, 3, 3, 1, 0])
+    rows = RowIndex.of(index, 5)
+    x = torch.randn(2, 5, 3, dtype=dtype).transpose(0, 1).requires_grad_()
+    got = gather_rows(x, rows)
+    assert got.is_contiguous()
+    assert torch.equal(got, x[index])
+    grad = torch.randn_like(got)
+    (found,) = torch.autograd.grad(got, x, grad)
+    want = torch.zeros(5, 2, 3, dtype=torch.float64)
+    for place, row in enumerate(index.tolist()):
+        want[row] += grad[place].double()
+    torch.testing.assert_close(found.double(), want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    assert not found[2].any()
+    assert not found[4].any()
+
+
+def test_an_index_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match="expected 5 rows"):
+        gather_rows(torch.zeros(4, 2), RowIndex.of(torch.tensor([0, 1]), 5))
