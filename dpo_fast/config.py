@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+PairChoice = Literal["best_worst", "adjacent", "all"]
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
 
 
@@ -30,7 +31,10 @@ class DataConfig:
         chosen_column: column of the preferred answer.
         rejected_column: column of the rejected answer.
         responses_column: column with a list of answers, where rows have no chosen and rejected.
-        scores_column: column with one number per response; the highest and the lowest make the pair.
+        scores_column: column with one number per response.
+        pairs: which responses are compared: `best_worst` the best with the worst, `adjacent` each with the next worse
+            one, `all` every two. Each response is computed once, however many pairs it is in.
+        min_score_gap: responses whose scores differ by less are not compared; equal scores never are.
         tools_column: column with the tools that the chat template is given.
         chat_template: file with a Jinja chat template that replaces the tokenizer's.
         apply_chat_template: wrap plain-text rows as one user turn and one assistant turn.
@@ -47,6 +51,8 @@ class DataConfig:
     rejected_column: str = "rejected"
     responses_column: str = "responses"
     scores_column: str = "scores"
+    pairs: PairChoice = "best_worst"
+    min_score_gap: float = 0.0
     tools_column: str = "tools"
     chat_template: str | None = None
     apply_chat_template: bool = False
@@ -131,7 +137,7 @@ class DPOConfig(ModelConfig, DataConfig):
         adam_epsilon: Adam's epsilon.
         weight_decay: on matrices; biases and norms have none.
         max_grad_norm: norm to which the gradient is clipped; 0 does not clip.
-        per_device_train_batch_size: pairs of one micro-batch.
+        per_device_train_batch_size: rows of one micro-batch, each a pair or more (`pairs`).
         gradient_accumulation_steps: micro-batches of one optimizer step; the loss is the mean over all its pairs.
         num_train_epochs: passes over the rows, where `max_steps` is not given.
         max_steps: optimizer steps; -1 follows `num_train_epochs`.

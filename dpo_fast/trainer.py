@@ -347,16 +347,17 @@ def print_plan(
     num_steps: int,
     max_tokens: int,
 ) -> None:
-    """What is about to run, in two lines."""
-    pairs_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    """What is about to run, in three lines."""
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    num_pairs = sum(len(group.pairs) for group in groups)
     shared = sum(group.num_tokens for group in groups)
     unshared = sum(group.num_unshared_tokens for group in groups)
-    console.print(
-        f"{len(groups)} groups to train on, {len(eval_groups)} held out; {num_steps} steps of {pairs_per_step} pairs, "
-        f"packs of up to {max_tokens} tokens\nprompt sharing: {unshared / shared:.2f}x fewer tokens",
-        highlight=False,
-        soft_wrap=True,
+    lines = (
+        f"{len(groups)} rows with {num_pairs} pairs to train on, {len(eval_groups)} rows held out",
+        f"{num_steps} steps of {rows_per_step} rows, packs of up to {max_tokens} tokens",
+        f"prompt sharing: {unshared / shared:.2f}x fewer tokens",
     )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def start_output(config: DPOConfig, output_dir: Path, step: int) -> None:

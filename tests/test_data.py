@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from dpo_fast.config import DataConfig, UserError
 from dpo_fast.data import load_groups
-from dpo_fast.data.formats import to_preference
+from dpo_fast.data.formats import choose_pairs, to_preference
 from dpo_fast.data.report import RowError
 from dpo_fast.data.tokenize import common_prefix
 
@@ -112,7 +112,7 @@ def texts(group, tokenizer):
 )
 def test_forms(row, expected):
     preference = to_preference(row, DataConfig(), has_chat_template=True)
-    assert (preference.prompt, preference.chosen, preference.rejected) == expected
+    assert (preference.prompt, *preference.answers) == expected
 
 
 def test_transcripts_stay_text_without_a_chat_template():
@@ -122,14 +122,14 @@ def test_transcripts_stay_text_without_a_chat_template():
     }
     preference = to_preference(row, DataConfig(), has_chat_template=False)
     assert preference.prompt == "\n\nHuman: Hi.\n\nAssistant: Hey.\n\nHuman: More.\n\nAssistant:"
-    assert (preference.chosen, preference.rejected) == (" Yes.", " Yesterday.")
+    assert preference.answers == (" Yes.", " Yesterday.")
 
 
 def test_columns_are_mapped():
     row = {"question": "p", "good": "a", "bad": "b"}
     config = DataConfig(prompt_column="question", chosen_column="good", rejected_column="bad")
     preference = to_preference(row, config, has_chat_template=False)
-    assert (preference.prompt, preference.chosen, preference.rejected) == ("p", "a", "b")
+    assert (preference.prompt, *preference.answers) == ("p", "a", "b")
 
 
 @pytest.mark.parametrize(
@@ -484,3 +484,39 @@ def test_a_hub_name_is_handed_to_datasets(monkeypatch):
     groups, _ = load_groups(DataConfig(data="someone/pairs:test"), tiny_tokenizer())
     assert calls == [("someone/pairs", "test")]
     assert len(groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("which", "gap", "expected"),
+    [
+        ("best_worst", 0, [(1, 2)]),
+        ("best_worst", 6, []),
+        ("adjacent", 0, [(1, 3), (3, 0), (0, 2)]),
+        ("adjacent", 1, [(1, 3), (0, 2)]),
+        ("all", 0, [(1, 3), (1, 0), (1, 2), (3, 0), (3, 2), (0, 2)]),
+        ("all", 2.5, [(1, 0), (1, 2), (3, 2), (0, 2)]),
+    ],
+)
+def test_pairs_of_scored_responses(which, gap, expected):
+    assert choose_pairs([1, 3.5, -2, 1.5], which, gap) == expected
+    assert choose_pairs([2, 2, 2], which, gap) == []
+    assert (0, 1) not in choose_pairs([2, 2, 1], which, gap)
+
+
+def test_each_response_is_kept_once_however_many_pairs_it_is_in(tmp_path):
+    rows = [
+        {"prompt": "Name a city.", "responses": [" Rome", " Paris", " Oslo", " Rome"], "scores": [1, 3, 2, 0]},
+        {"prompt": "Name a town.", "responses": [" A", " A"], "scores": [1, 3]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny_tokenizer()
+    (group,), report = load_groups(DataConfig(data=str(path), pairs="all"), tokenizer)
+    texts = [tokenizer.decode(answer) for answer in group.answers]
+    assert texts == [" Rome<eos>", " Paris<eos>", " Oslo<eos>", " Rome<eos>"]
+    # Rome against Rome is no preference, whatever their scores.
+    assert sorted(group.pairs) == [(1, 0), (1, 2), (1, 3), (2, 0), (2, 3)]
+    assert report.to_dict()["dropped"] == {"identical_answers": 1}
+    (best,), _ = load_groups(DataConfig(data=str(path)), tokenizer)
+    assert [tokenizer.decode(answer) for answer in best.answers] == [" Paris<eos>", " Rome<eos>"]
+    assert best.pairs == ((0, 1),)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
 
-from dpo_fast.batch import pack, pair_logps
+from dpo_fast.batch import Group, pack, pair_logps
 from dpo_fast.config import DPOConfig, ModelConfig, UserError
 from dpo_fast.guards import check_packed_forward
 from dpo_fast.losses import LOSSES
@@ -97,6 +97,24 @@ def test_a_group_does_not_depend_on_its_neighbours():
     assert torch.isfinite(own).all()
     torch.testing.assert_close(own, clean.score(pack(groups[:1])), rtol=0, atol=1e-5)
     assert alone.shape == own.shape
+
+
+def test_all_pairs_of_a_group_are_those_of_groups_of_two():
+    """Three answers in one group, three pairs, against three groups of two answers: equal loss and gradient."""
+    (three,) = random_groups(1, seed=4, num_answers=3)
+    pairs = ((0, 1), (2, 0), (2, 1))
+    together = Group(0, three.prompt_ids, three.answers, pairs)
+    apart = [Group(0, three.prompt_ids, (three.answers[a], three.answers[b])) for a, b in pairs]
+    found = []
+    for groups in ([together], apart):
+        policy = as_policy(tiny_llama(seed=5))
+        data = reference_set(groups, tiny_llama(seed=6))
+        metrics = backward(policy, data.pack(list(range(len(groups)))), DPOConfig(beta=BETA), num_pairs=3)
+        found.append((metrics, [p.grad for p in policy.model.parameters()]))
+    (metrics, grads), (other_metrics, other_grads) = found
+    torch.testing.assert_close(metrics, other_metrics, rtol=1e-4, atol=1e-5)
+    for grad, other in zip(grads, other_grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_accumulation_divides_by_the_pairs_of_the_step():

@@ -4,7 +4,7 @@
 |---|---|
 | standard | `prompt`, `chosen`, `rejected` as strings; without `prompt`, the strings begin alike |
 | conversational | the same as lists of `{"role", "content"}` messages; without `prompt`, the lists begin alike |
-| scored | `prompt`, `responses`, `scores`: the best against the worst |
+| scored | `prompt`, `responses`, `scores`: the pairs that `--pairs` asks for |
 | hh-rlhf | `chosen`, `rejected` as transcripts of `Human:` and `Assistant:` turns |
 | sharegpt | `conversations` of `{"from", "value"}` turns, `chosen` and `rejected` as one turn each |
 """
@@ -14,14 +14,17 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import combinations, pairwise
+from typing import Any, TypeVar
 
-from dpo_fast.config import DataConfig
+from dpo_fast.config import DataConfig, PairChoice
 from dpo_fast.data.report import RowError
 
 Message = dict[str, Any]
 Text = str | list[Message]
+T = TypeVar("T")
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -29,23 +32,24 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt and two answers, all of them strings or all of them lists of messages.
+    """A prompt and its answers, all of them strings or all of them lists of messages.
 
     Attributes:
-        prompt: None where the prompt is what both answers begin with.
-        chosen, rejected: not empty.
+        prompt: None where the prompt is what all answers begin with.
+        answers: two or more, none empty, each in a pair.
+        pairs: (chosen, rejected) indices into `answers`; the two of a pair differ.
         tools: for the chat template.
     """
 
     prompt: Text | None
-    chosen: Text
-    rejected: Text
+    answers: tuple[Text, ...]
+    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
     tools: list[Any] | None = None
 
     @property
     def is_chat(self) -> bool:
         """Whether it is rendered by the chat template."""
-        return not isinstance(self.chosen, str)
+        return not isinstance(self.answers[0], str)
 
 
 def to_preference(row: Any, config: DataConfig, *, has_chat_template: bool) -> Preference:
@@ -58,27 +62,35 @@ def to_preference(row: Any, config: DataConfig, *, has_chat_template: bool) -> P
         raise RowError("wrong_type", f"expected an object with fields, found {type(row).__name__}")
     prompt = row.get(config.prompt_column)
     if row.get(config.chosen_column) is None and row.get(config.responses_column) is not None:
-        chosen, rejected = _best_and_worst(row, config)
+        values, pairs = _scored(row, config)
+        names = [config.responses_column] * len(values)
     else:
-        chosen, rejected = (_field(row, name) for name in (config.chosen_column, config.rejected_column))
+        names = [config.chosen_column, config.rejected_column]
+        values, pairs = [_field(row, name) for name in names], [(0, 1)]
     if prompt is None and row.get("conversations") is not None:
         prompt = row["conversations"]
-    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None and _is_transcript(chosen, rejected):
-        preference = _from_transcripts(chosen, rejected, as_messages=has_chat_template)
+    if prompt is None and _are_transcripts(values):
+        prompt, answers = _from_transcripts(values, as_messages=has_chat_template)
     else:
-        preference = _from_fields(prompt, chosen, rejected, config)
+        prompt, answers = _from_fields(prompt, values, names, config)
     tools = row.get(config.tools_column)
     if isinstance(tools, str):
         tools = _parse_tools(tools, config)
-    if config.apply_chat_template and not preference.is_chat and preference.prompt is not None:
-        preference = Preference(
-            [{"role": "user", "content": preference.prompt}],
-            [{"role": "assistant", "content": preference.chosen}],
-            [{"role": "assistant", "content": preference.rejected}],
-        )
-    if preference.chosen == preference.rejected:
+    if config.apply_chat_template and isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
+        prompt = [{"role": "user", "content": prompt}]
+        answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+    pairs = [(chosen, rejected) for chosen, rejected in pairs if answers[chosen] != answers[rejected]]
+    if not pairs:
         raise RowError("identical_answers", "")
-    return Preference(preference.prompt, preference.chosen, preference.rejected, tools or None)
+    kept, pairs = only_paired(answers, pairs)
+    return Preference(prompt, tuple(kept), tuple(pairs), tools or None)
+
+
+def only_paired(answers: Sequence[T], pairs: Sequence[tuple[int, int]]) -> tuple[list[T], list[tuple[int, int]]]:
+    """The answers that are in a pair, and the pairs' new indices."""
+    used = sorted({i for pair in pairs for i in pair})
+    place = {i: k for k, i in enumerate(used)}
+    return [answers[i] for i in used], [(place[chosen], place[rejected]) for chosen, rejected in pairs]
 
 
 def _field(row: dict[str, Any], name: str) -> Any:
@@ -91,7 +103,7 @@ def _field(row: dict[str, Any], name: str) -> Any:
     return row[name]
 
 
-def _best_and_worst(row: dict[str, Any], config: DataConfig) -> tuple[Any, Any]:
+def _scored(row: dict[str, Any], config: DataConfig) -> tuple[list[Any], list[tuple[int, int]]]:
     responses, scores = row[config.responses_column], _field(row, config.scores_column)
     if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
         raise RowError(
@@ -101,42 +113,66 @@ def _best_and_worst(row: dict[str, Any], config: DataConfig) -> tuple[Any, Any]:
     numbers = [s for s in scores if isinstance(s, int | float) and math.isfinite(s)]
     if len(numbers) != len(scores) or len(scores) < 2:
         raise RowError("wrong_type", f"expected at least two finite numbers in {config.scores_column!r}")
-    best, worst = max(scores), min(scores)
-    if best == worst:
+    pairs = choose_pairs(scores, config.pairs, config.min_score_gap)
+    if not pairs:
         raise RowError("tied_scores", "")
-    return responses[scores.index(best)], responses[scores.index(worst)]
+    return responses, pairs
 
 
-def _from_fields(prompt: Any, chosen: Any, rejected: Any, config: DataConfig) -> Preference:
-    if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
-        for name, text in ((config.chosen_column, chosen), (config.rejected_column, rejected)):
+def choose_pairs(scores: Sequence[float], which: PairChoice, min_gap: float) -> list[tuple[int, int]]:
+    """(better, worse) indices of responses whose scores differ, by `min_gap` at least.
+
+    Args:
+        scores: one a response.
+        which: `best_worst` the best against the worst, `adjacent` each against the next worse one, `all` every two.
+        min_gap: smallest difference of scores.
+    """
+    if which == "best_worst":
+        candidates = [(scores.index(max(scores)), scores.index(min(scores)))]
+    else:
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        candidates = list(pairwise(order) if which == "adjacent" else combinations(order, 2))
+    gaps = {(a, b): scores[a] - scores[b] for a, b in candidates}
+    return [pair for pair, gap in gaps.items() if gap > 0 and gap >= min_gap]
+
+
+def _from_fields(
+    prompt: Any, values: list[Any], names: list[str], config: DataConfig
+) -> tuple[Text | None, list[Text]]:
+    if all(isinstance(value, str) for value in values) and (prompt is None or isinstance(prompt, str)):
+        for name, text in zip(names, values, strict=True):
             if not text:
                 raise RowError("empty_answer", f"field {name!r} is an empty string")
-        return Preference(prompt, chosen, rejected)
-    chosen_messages = _messages(chosen, config.chosen_column)
-    rejected_messages = _messages(rejected, config.rejected_column)
-    starts_with_user = [m[0]["role"] in ("user", "system") for m in (chosen_messages, rejected_messages)]
-    if prompt is None or (isinstance(prompt, str) and all(starts_with_user)):
+        return prompt, values
+    answers = [_messages(value, name) for name, value in zip(names, values, strict=True)]
+    start_with_user = all(answer[0]["role"] in ("user", "system") for answer in answers)
+    if prompt is None or (isinstance(prompt, str) and start_with_user):
         # Whole conversations, with the prompt's text in a column beside them (as binarised UltraFeedback has it).
-        return _split_conversations(chosen_messages, rejected_messages)
+        return _split_conversations(answers)
     if isinstance(prompt, str):
-        prompt_messages: list[Message] = [{"role": "user", "content": prompt}]
-    else:
-        prompt_messages = _messages(prompt, config.prompt_column)
-    return Preference(prompt_messages, chosen_messages, rejected_messages)
+        return [{"role": "user", "content": prompt}], list(answers)
+    return _messages(prompt, config.prompt_column), list(answers)
 
 
-def _split_conversations(chosen: list[Message], rejected: list[Message]) -> Preference:
-    common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-        common += 1
-    if common == len(chosen) == len(rejected):
+def _common_length(sequences: Sequence[Sequence[Any]]) -> int:
+    """Number of leading items that all sequences share."""
+    length = 0
+    for items in zip(*sequences, strict=False):
+        if any(item != items[0] for item in items):
+            break
+        length += 1
+    return length
+
+
+def _split_conversations(conversations: list[list[Message]]) -> tuple[Text, list[Text]]:
+    common = _common_length(conversations)
+    if all(common == len(c) for c in conversations):
         raise RowError("identical_answers", "")
     # An answer keeps its last message, also where one conversation goes on after the other's end.
-    common = min(common, len(chosen) - 1, len(rejected) - 1)
+    common = min(common, *(len(c) - 1 for c in conversations))
     if common == 0:
         raise RowError("missing_field", "the conversations have no first message in common, so there is no prompt")
-    return Preference(chosen[:common], chosen[common:], rejected[common:])
+    return conversations[0][:common], [c[common:] for c in conversations]
 
 
 def _messages(value: Any, name: str) -> list[Message]:
@@ -182,26 +218,23 @@ def _parse_tools(text: str, config: DataConfig) -> list[Any]:
     return tools
 
 
-def _is_transcript(chosen: str, rejected: str) -> bool:
-    return all(text.startswith("\n\nHuman:") and "\n\nAssistant:" in text for text in (chosen, rejected))
+def _are_transcripts(values: list[Any]) -> bool:
+    return all(isinstance(v, str) and v.startswith("\n\nHuman:") and "\n\nAssistant:" in v for v in values)
 
 
-def _from_transcripts(chosen: str, rejected: str, *, as_messages: bool) -> Preference:
+def _from_transcripts(texts: list[str], *, as_messages: bool) -> tuple[Text, list[Text]]:
     """hh-rlhf: whole turns in common are the prompt; as text, the prompt ends in `Assistant:`."""
-    turns = [_turns(text) for text in (chosen, rejected)]
+    turns = [_turns(text) for text in texts]
     if as_messages:
-        return _split_conversations(*([{"role": r, "content": c.strip()} for r, c, _ in t] for t in turns))
-    common = 0
-    while common < min(map(len, turns)) and turns[0][common] == turns[1][common]:
-        common += 1
-    common = min(common, len(turns[0]) - 1, len(turns[1]) - 1)
+        return _split_conversations([[{"role": r, "content": c.strip()} for r, c, _ in t] for t in turns])
+    common = min(_common_length(turns), *(len(t) - 1 for t in turns))
     if any(t[common][0] != "assistant" for t in turns):
         raise RowError("missing_field", "the transcripts part at a turn that is not the assistant's")
     prompt = "".join(raw for _, _, raw in turns[0][:common]) + "\n\nAssistant:"
     answers = ["".join(raw for _, _, raw in t[common:]).removeprefix("\n\nAssistant:") for t in turns]
     if not all(answer.strip() for answer in answers):
         raise RowError("empty_answer", "the last turn of a transcript is empty")
-    return Preference(prompt, answers[0], answers[1])
+    return prompt, list(answers)
 
 
 def _turns(text: str) -> list[tuple[str, str, str]]:

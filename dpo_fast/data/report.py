@@ -13,7 +13,7 @@ DROPPED = {
     "missing_field": "a field is missing",
     "empty_answer": "an answer is empty",
     "identical_answers": "both answers are the same",
-    "tied_scores": "the best and the worst response score alike",
+    "tied_scores": "no two responses differ in score, by min_score_gap at least",
     "template_error": "the chat template refuses the messages",
     "prompt_fills_max_length": "the prompt alone fills max_length",
     "too_long": "longer than max_length (truncation_mode drop)",

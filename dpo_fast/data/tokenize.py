@@ -1,7 +1,7 @@
 """Preferences -> token groups, split where the tokens part, never where the characters do.
 
 Prompt and answer are rendered together and tokenized together, since that is what a model sees. The prompt then is what
-three token sequences have in common at their start: the prompt's own rendering, prompt + chosen, prompt + rejected.
+all token sequences have in common at their start: the prompt's own rendering, and prompt + answer for each answer.
 Where a token spans the boundary (a prompt that ends in "Par" and answers "is" and "ma"), it belongs to the answer.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_fast.batch import Group
 from dpo_fast.config import DataConfig, UserError
-from dpo_fast.data.formats import Message, Preference, Text
+from dpo_fast.data.formats import Message, Preference, Text, only_paired
 from dpo_fast.data.report import RowError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Tokens:
 
     prompt: list[int]
     answers: list[list[int]]
+    pairs: Sequence[tuple[int, int]]
     changes: list[str] = field(default_factory=list)
 
 
@@ -74,18 +75,14 @@ class Tokenizing:
         ]
 
     def _render(self, preference: Preference) -> list[str]:
-        """[prompt + chosen, prompt + rejected, prompt]; the last is left out where the prompt is implicit."""
+        """Prompt + answer for each answer, then the prompt; the last is left out where the prompt is implicit."""
         prompt = preference.prompt
         if not preference.is_chat:
             assert prompt is None or isinstance(prompt, str)
             start = prompt or ""
-            return [
-                f"{start}{preference.chosen}",
-                f"{start}{preference.rejected}",
-                *([] if prompt is None else [start]),
-            ]
+            return [*(f"{start}{answer}" for answer in preference.answers), *([] if prompt is None else [start])]
         assert isinstance(prompt, list)
-        wholes = [self._template([*prompt, *_as_list(a)], preference) for a in (preference.chosen, preference.rejected)]
+        wholes = [self._template([*prompt, *_as_list(answer)], preference) for answer in preference.answers]
         return [*wholes, self._template(prompt, preference, add_generation_prompt=True)]
 
     def _template(self, messages: list[Message], preference: Preference, *, add_generation_prompt: bool = False) -> str:
@@ -117,19 +114,22 @@ class Tokenizing:
         return ids
 
     def _split(self, ids: list[list[int]], preference: Preference) -> Tokens | RowError:
-        wholes, prompt = ids[:2], ids[2] if len(ids) == 3 else None
+        num_answers = len(preference.answers)
+        wholes, prompt = ids[:num_answers], ids[num_answers] if len(ids) > num_answers else None
         changes = [change for whole in wholes for change in self._end(whole, chat=preference.is_chat)]
-        boundary = common_prefix(*wholes) if prompt is None else min(common_prefix(prompt, w) for w in wholes)
-        if wholes[0] == wholes[1]:
+        beginnings = wholes if prompt is None else [prompt, *wholes]
+        boundary = min(common_prefix(beginnings[0], other) for other in beginnings[1:])
+        answers, pairs = _that_differ(wholes, preference.pairs)
+        if not pairs:
             return RowError("identical_answers", "the answers are the same tokens")
         if prompt is not None and boundary < len(prompt):
             changes.append("boundary_moved")
-        answers = [whole[boundary:] for whole in wholes]
+        answers = [whole[boundary:] for whole in answers]
         if not all(answers):
             return RowError("empty_answer", "an answer has no token of its own")
         if boundary == 0:
             changes.append("no_prompt_token")
-        return Tokens(wholes[0][:boundary], answers, list(dict.fromkeys(changes)))
+        return Tokens(wholes[0][:boundary], answers, pairs, list(dict.fromkeys(changes)))
 
     def _end(self, ids: list[int], *, chat: bool) -> list[str]:
         """End a sequence with an end token, once; returns the changes worth counting."""
@@ -156,7 +156,7 @@ def truncate(tokens: Tokens, row: int, config: DataConfig, bos: int | None) -> t
     Raises:
         RowError: nothing worth training on is left.
     """
-    prompt, answers = tokens.prompt, tokens.answers
+    prompt, answers, pairs = tokens.prompt, tokens.answers, tokens.pairs
     changes = list(tokens.changes)
     longest = max(map(len, answers))
     limit = config.max_length
@@ -173,11 +173,18 @@ def truncate(tokens: Tokens, row: int, config: DataConfig, bos: int | None) -> t
         cut = [answer[: limit - len(prompt)] for answer in answers]
         if cut != answers:
             changes.append("truncated")
-        answers = cut
-        if answers[0] == answers[1]:
+        answers, pairs = _that_differ(cut, pairs)
+        if not pairs:
             raise RowError("identical_after_truncation", f"--max_length is {limit}")
     arrays = tuple(np.array(answer, dtype=np.int32) for answer in answers)
-    return Group(row, np.array(prompt, dtype=np.int32), arrays), changes
+    return Group(row, np.array(prompt, dtype=np.int32), arrays, tuple(pairs)), changes
+
+
+def _that_differ(
+    answers: list[list[int]], pairs: Sequence[tuple[int, int]]
+) -> tuple[list[list[int]], Sequence[tuple[int, int]]]:
+    """The pairs whose answers are not the same tokens, and the answers that are in them."""
+    return only_paired(answers, [pair for pair in pairs if answers[pair[0]] != answers[pair[1]]])
 
 
 def _keep_end(prompt: list[int], room: int, bos: int | None) -> list[int]:
