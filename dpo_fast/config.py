@@ -141,6 +141,7 @@ class DPOConfig(ModelConfig, DataConfig):
         gradient_accumulation_steps: micro-batches of one optimizer step; the loss is the mean over all its pairs.
         num_train_epochs: passes over the rows, where `max_steps` is not given.
         max_steps: optimizer steps; -1 follows `num_train_epochs`.
+        torch_compile: compile the decoder's layers, once for packs of all sizes; needs a C++ compiler on a CPU.
         gradient_checkpointing: recompute the activations of each layer in the backward.
         logging_steps: write metrics every so many steps.
         save_steps: write a checkpoint every so many steps; 0 writes none but the final model.
@@ -172,6 +173,7 @@ class DPOConfig(ModelConfig, DataConfig):
     gradient_accumulation_steps: int = 1
     num_train_epochs: float = 3.0
     max_steps: int = -1
+    torch_compile: bool = False
     gradient_checkpointing: bool = False
     logging_steps: int = 10
     save_steps: int = 500

@@ -186,6 +186,7 @@ class Policy:
         self.bf16 = bf16
         self.memory_budget = memory_budget
         self.shares_prompts = True
+        self.is_compiled = False
 
     @classmethod
     def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
@@ -210,7 +211,7 @@ class Policy:
     def numerics(self) -> str:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
         layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
-        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}"
+        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{' compiled' if self.is_compiled else ''}"
 
     @property
     def noise(self) -> float:
@@ -301,6 +302,23 @@ class Policy:
             # transformers 5.23 renamed the method; 5.17 knows the old name alone.
             new_name = "activation_checkpointing_enable"
             getattr(self.model, new_name if hasattr(self.model, new_name) else "gradient_checkpointing_enable")()
+
+    def compile_layers(self, *, backend: str = "inductor") -> None:
+        """Compile the decoder's layers with `torch.compile`, once for packs of all sizes.
+
+        Attention stays as it is: its loop over segments is another one for every pack.
+        """
+        from transformers import AttentionInterface
+
+        # Registered last, so that a check of the packed forward comes before.
+        AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(_packed_attention))
+        names = set(getattr(self.model, "_no_split_modules", None) or ())
+        layers = [module for module in self.model.modules() if type(module).__name__ in names]
+        if not layers:
+            raise UserError(f"--torch_compile: {type(self.model).__name__} does not name its layers; leave it off")
+        for layer in layers:
+            layer.compile(dynamic=True, backend=backend)
+        self.is_compiled = True
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""

@@ -101,6 +101,8 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     torch.manual_seed(config.seed)
     policy = Policy.load(config, str(checkpoint) if checkpoint else None)
     check_packed_forward(policy, groups)
+    if config.torch_compile:
+        policy.compile_layers()
     state = load_state(checkpoint / STATE_FILE) if checkpoint else None
     # The packs of the first epoch hold every group that the run will read, in the layout of its first steps: scored in
     # them, the reference equals the untrained policy bit for bit.

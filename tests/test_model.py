@@ -147,6 +147,29 @@ def test_gradient_checkpointing_changes_no_gradient():
         assert torch.equal(got, want)
 
 
+# Dynamo looks at the .grad of its inputs, and PyTorch warns of that.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_layers_are_compiled_once_for_packs_of_all_sizes():
+    groups = random_groups(18, seed=9)
+    plain, compiled = as_policy(tiny_llama()), as_policy(tiny_llama())
+    compiled.compile_layers(backend="eager")
+    assert compiled.numerics != plain.numerics
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for start in range(0, 18, 3):
+        batch = pack(groups[start : start + 3])
+        want, got = plain.token_logps(batch), compiled.token_logps(batch)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        got.sum().backward()
+        want.sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert len(set(graphs)) == 1, graphs
+    for got, want in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
 def test_bf16_autocast_stays_near_fp32():
     groups = random_groups(4, seed=7)
     model = tiny_llama()
