@@ -116,8 +116,34 @@ class ScoreConfig(ModelConfig, DataConfig):
 
 
 @dataclass
-class DPOConfig(ModelConfig, DataConfig):
-    """Settings of a training run: those of `DataConfig` and `ModelConfig`, and the following.
+class LossConfig:
+    """Which loss is trained with.
+
+    Attributes:
+        loss_type: name of a preference loss (`dpo_fast.losses.LOSSES`), or a list of names whose losses are added up.
+        loss_weights: one weight for each of them; null is 1 for all.
+        beta: strength of the pull towards the reference.
+        label_smoothing: probability that a label is flipped, for the losses that use it.
+        f_divergence_type: what holds the policy near the reference: `reverse_kl` (DPO's), `forward_kl`, `js_divergence`
+            or `alpha_divergence`.
+        f_alpha_divergence_coef: alpha of `alpha_divergence`.
+        discopop_tau: temperature of the modulation in `discopop`.
+        dpop_lambda: weight of the penalty in `dpop`.
+    """
+
+    loss_type: str | list[str] = "sigmoid"
+    loss_weights: list[float] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    dpop_lambda: float = 50.0
+
+
+@dataclass
+class DPOConfig(LossConfig, ModelConfig, DataConfig):
+    """Settings of a training run: those of `DataConfig`, `ModelConfig` and `LossConfig`, and the following.
 
     Attributes:
         output_dir: folder of the run.
@@ -125,9 +151,6 @@ class DPOConfig(ModelConfig, DataConfig):
         eval_data: held-out rows, in any of the forms of `data`.
         eval_split: share of `data` that is held out where `eval_data` is not given.
         eval_steps: evaluate every so many optimizer steps; null evaluates at the end alone.
-        loss_type: name of a preference loss (`dpo_fast.losses.LOSSES`).
-        beta: strength of the pull towards the reference.
-        label_smoothing: probability that a label is flipped, for the losses that use it.
         learning_rate: peak learning rate.
         lr_scheduler_type: a schedule of transformers (`linear`, `cosine`, `constant_with_warmup`, ...).
         warmup_steps: steps of warm-up; below 1, a share of all steps.
@@ -157,9 +180,6 @@ class DPOConfig(ModelConfig, DataConfig):
     eval_data: str | None = None
     eval_split: float = 0.0
     eval_steps: int | None = None
-    loss_type: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "linear"
     warmup_steps: float = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_fast.batch import Group, pack
 from dpo_fast.config import DPOConfig, TrainingError, UserError
-from dpo_fast.losses import LOSSES, PairLogps
+from dpo_fast.losses import loss_at_reference, slope_at_reference
 from dpo_fast.model import CannotPack, Policy, use_own_attention, use_packed_attention
 
 logger = logging.getLogger("dpo_fast")
@@ -30,12 +30,11 @@ def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPO
     Raises:
         TrainingError: they differ.
     """
-    zero = torch.zeros(1)
     longest = max(len(answer) for group in groups for answer in group.answers)
-    at_reference = PairLogps(zero, zero, zero, zero, zero + 1, zero + 1)
-    expected = LOSSES[config.loss_type](at_reference, config.beta, config.label_smoothing).item()
+    known = loss_at_reference(config)
+    expected = metrics["loss"] if known is None else known
     noise = (1e-5 if policy.compute_dtype is torch.float32 else 5e-2) * math.sqrt(longest)
-    slope = 1.0 if config.loss_type != "ipo" else 1 / config.beta**2
+    slope = slope_at_reference(config)
     loss_error = abs(metrics["loss"] - expected)
     margin_error = abs(metrics["rewards/margins"])
     if not (loss_error <= 1e-6 + slope * config.beta * noise and margin_error <= config.beta * noise):

@@ -34,7 +34,7 @@ from dpo_fast.checkpoint import (
 from dpo_fast.config import DPOConfig, UserError
 from dpo_fast.data import StepSampler, best_fit_decreasing, load_groups
 from dpo_fast.guards import FiniteWatch, check_first_step, check_packed_forward
-from dpo_fast.losses import LOSSES
+from dpo_fast.losses import loss_terms, preference_loss
 from dpo_fast.metrics import MetricsFile, PairAverage, Window, pair_metrics, peak_memory_gib, read_metrics
 from dpo_fast.model import Policy, load_tokenizer, warn_if_weights_cannot_move
 from dpo_fast.optim import make_optimizer, make_schedule
@@ -299,10 +299,7 @@ def check_config(config: DPOConfig) -> None:
     """Refuse values that no run can have."""
     if not config.data:
         raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
-    if config.loss_type not in LOSSES:
-        raise UserError(f"--loss_type {config.loss_type}: unknown; choose one of {', '.join(sorted(LOSSES))}")
-    if config.loss_type == "robust" and not 0 <= config.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: the robust loss needs a value in [0, 0.5)")
+    loss_terms(config)
     for name in ("beta", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
@@ -377,7 +374,7 @@ def loss_and_metrics(policy: Policy, batch: PackedBatch, config: DPOConfig) -> t
     batch = batch.to(policy.device)
     scored = policy.forward(batch)
     pairs = pair_logps(batch, scored.logps)
-    losses = LOSSES[config.loss_type](pairs, config.beta, config.label_smoothing)
+    losses = preference_loss(pairs, config)
     loss = losses.sum()
     if scored.router_loss is not None:
         # It is a mean over the pack's tokens, and counts as the pack's pairs do.

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each floor may import those before it in the list, and itself where it is a set.
 FLOORS = [
     {"kernels"},
-    {"losses"},
     {"config"},
+    {"losses"},
     {"batch"},
     {"data"},
     {"model", "reference", "checkpoint", "optim", "metrics", "progress", "plots"},

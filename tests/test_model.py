@@ -9,7 +9,7 @@ from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_t
 from dpo_fast.batch import Group, pack, pair_logps
 from dpo_fast.config import DPOConfig, ModelConfig, UserError
 from dpo_fast.guards import check_packed_forward
-from dpo_fast.losses import LOSSES
+from dpo_fast.losses import preference_loss
 from dpo_fast.model import Policy, load_tokenizer, use_packed_attention
 from dpo_fast.trainer import PairSet, backward
 
@@ -59,7 +59,7 @@ def test_packed_gradient_is_that_of_padded_dpo_in_fp64():
     for part in (groups[:3], groups[3:]):
         batch = pack(part)
         pairs = pair_logps(batch_with_fp64_reference(batch, scorer), policy.token_logps(batch))
-        share = LOSSES["sigmoid"](pairs, BETA, 0.0).sum() / len(groups)
+        share = preference_loss(pairs, DPOConfig(beta=BETA)).sum() / len(groups)
         share.backward()
         total += share.item()
     assert total == pytest.approx(loss.item(), abs=1e-12)

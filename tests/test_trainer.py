@@ -219,8 +219,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(config,
     exact = dpo_fast.losses.LOSSES["sigmoid"]
     calls = []
 
-    def poisoned(pairs, beta, label_smoothing):
-        losses = exact(pairs, beta, label_smoothing)
+    def poisoned(pairs, config):
+        losses = exact(pairs, config)
         calls.append(1)
         return losses * torch.where(torch.arange(len(losses)) == 1, torch.nan, 1.0) if len(calls) == 5 else losses
 
@@ -271,13 +271,16 @@ def test_dry_run_reads_the_data_and_stops(config, tmp_path):
     ("changes", "message"),
     [
         ({"data": ""}, "pass --data"),
-        ({"loss_type": "sigmoids"}, "choose one of cdpo"),
+        ({"loss_type": "sigmoids"}, "choose one of apo_down"),
         ({"beta": 0.0}, "--beta 0.0"),
         ({"eval_split": 1.0}, "--eval_split"),
         ({"lr_scheduler_type": "sideways"}, "--lr_scheduler_type sideways"),
         ({"resume": "/does/not/exist"}, "/does/not/exist"),
         ({"max_tokens_per_batch": 0}, "--max_tokens_per_batch 0"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "--label_smoothing"),
+        ({"loss_type": "exo_pair"}, "exo_pair needs a value in"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "expected 2 numbers"),
+        ({"f_divergence_type": "kl"}, "choose one of alpha_divergence"),
     ],
 )
 def test_mistakes_in_settings_are_named(config, changes, message):
