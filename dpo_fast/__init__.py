@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
+    from dpo_fast.fused_loss import FusedLinearDPOLoss
     from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
     from dpo_fast.kernels.logprob import logprob, sequence_logprob
     from dpo_fast.kernels.segment_sum import segment_mean, segment_sum
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DPOConfig",
+    "FusedLinearDPOLoss",
     "TrainResult",
     "linear_logprob",
     "linear_logprob_with_stats",
@@ -29,6 +31,7 @@ __all__ = [
 
 _HOME = {
     "DPOConfig": "config",
+    "FusedLinearDPOLoss": "fused_loss",
     "TrainResult": "trainer",
     "linear_logprob": "kernels.linear_logprob",
     "linear_logprob_with_stats": "kernels.linear_logprob",

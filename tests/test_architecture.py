@@ -13,6 +13,7 @@ FLOORS = [
     {"kernels"},
     {"config"},
     {"losses"},
+    {"fused_loss"},
     {"batch"},
     {"data"},
     {"model", "reference", "checkpoint", "optim", "metrics", "progress", "plots"},
