@@ -91,8 +91,8 @@ class FusedLinearDPOLoss(nn.Module):
             ref_logps: (B,) its log-probs, summed (averaged with `average_log_prob`), computed before.
 
         Returns:
-            The mean loss, differentiable in `lin_weight`, `_input` and `bias`; and, without gradients, (B / 2,) log-probs
-            of chosen and of rejected, their mean logits, the cross-entropy, (B / 2,) rewards of chosen and of rejected.
+            The mean loss, differentiable in `lin_weight`, `_input` and `bias`; and, without gradients:
+            (B / 2,) log-probs of chosen and of rejected, their mean logits, the cross-entropy, (B / 2,) rewards of both.
         """
         if _input.dim() != 3 or target.shape != _input.shape[:2] or target.shape[0] % 2 or not target.shape[0]:
             raise ValueError(
