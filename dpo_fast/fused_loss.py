@@ -92,7 +92,7 @@ class FusedLinearDPOLoss(nn.Module):
 
         Returns:
             The mean loss, differentiable in `lin_weight`, `_input` and `bias`; and, without gradients:
-            (B / 2,) log-probs of chosen and of rejected, their mean logits, the cross-entropy, (B / 2,) rewards of both.
+            (B / 2,) log-probs of chosen and rejected, their mean logits, the cross-entropy, (B / 2,) rewards of each.
         """
         if _input.dim() != 3 or target.shape != _input.shape[:2] or target.shape[0] % 2 or not target.shape[0]:
             raise ValueError(
