@@ -3,7 +3,7 @@
 With the names of `linear_logprob.py`, a the anchor, Z = S + e^(z_y - a) and sums over j ≠ y, made beside S:
 
     Σ p²     = (Σ E² + e^(2(z_y - a))) / Z²       for WPO's weights, arXiv:2406.11827
-    entropy  = log Z - (Σ E·(z - a) + e^(z_y - a)·(z_y - a)) / Z
+    entropy  = log Z - Σ E·(z - a) / Z
     mean z   = a + Σ_all (z - a) / V
     hit      = max (z - a) <= z_y - a
 """
@@ -72,7 +72,8 @@ class StatsSums(NamedTuple):
         """The figures, from S, a - z_y and a of each row; in fp64 until they are rounded, since Z² may overflow."""
         target = torch.exp(-shift.double())
         total = odds + target
-        entropy = total.log() - (self.energy - target * shift) / total
+        # The target's own term, e^(z_y - a)·(z_y - a), is nothing: a is z_y, or so far above it that e^(z_y - a) is.
+        entropy = total.log() - self.energy / total
         return TokenStats(
             ((self.square + target * target) / total**2).to(odds.dtype),
             entropy.clamp(min=0).to(odds.dtype),
