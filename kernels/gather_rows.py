@@ -38,7 +38,8 @@ class RowIndex:
     def of(cls, index: Tensor, num_rows: int) -> RowIndex:
         """The way back of (K,) int64 `index` into `num_rows` rows."""
         order = torch.sort(index, stable=True).indices
-        counts = torch.bincount(index, minlength=num_rows)
+        # Counted by additions of integers, which have no order; bincount would wait for a GPU.
+        counts = index.new_zeros(num_rows).index_add_(0, index, torch.ones_like(index))
         return cls(index, order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
