@@ -60,10 +60,12 @@ class PairAverage:
 class Window:
     """Figures between two reports: means over pairs, and speeds over the time spent on steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int) -> None:
+        """`max_tokens` is the token budget of a pack."""
         self.learning_rate = 0.0
         self._average = PairAverage()
-        self._tokens = self._pairs = 0
+        self._tokens = self._pairs = self._room = 0
+        self._max_tokens = max_tokens
         self._start = time.perf_counter()
 
     def add(self, batch: PackedBatch, metrics: Tensor) -> None:
@@ -71,6 +73,8 @@ class Window:
         self._average.add(metrics)
         self._tokens += batch.num_tokens
         self._pairs += batch.num_pairs
+        # A group above the budget gets a pack of its own, which is then full.
+        self._room += max(self._max_tokens, batch.num_tokens)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -87,6 +91,7 @@ class Window:
             "learning_rate": self.learning_rate,
             "tokens_per_second": self._tokens / seconds,
             "pairs_per_second": self._pairs / seconds,
+            "pack_fill": self._tokens / max(self._room, 1),
         }
 
 

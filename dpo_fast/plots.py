@@ -23,6 +23,7 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "nats × β",
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"},
     ),
+    ("How full the packs are: no token is padding", "share of the token budget", {"pack_fill": "training"}),
 )
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -31,7 +32,7 @@ Interval = tuple[float, float, float]
 
 
 def plot_metrics(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a picture of loss, accuracy and rewards over the optimizer steps.
+    """Write a picture of loss, accuracy, rewards and pack fill over the optimizer steps.
 
     Args:
         rows: of a run's `metrics.jsonl` (`dpo_fast.metrics.read_metrics`).
@@ -40,7 +41,7 @@ def plot_metrics(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     Raises:
         ValueError: the rows hold none of the names to draw.
     """
-    figure, axes = make_figure(1, len(PANELS))
+    figure, axes = make_figure(2, 2)
     draw_panels(axes, rows)
     figure.savefig(path)
 
@@ -60,12 +61,12 @@ def make_figure(num_rows: int, num_columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def draw_panels(axes: Sequence[Axes], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw `PANELS` on as many axes.
+    """Draw the first of `PANELS`, one on each of the axes.
 
     Raises:
         ValueError: the rows hold none of the names to draw.
     """
-    drawn = [draw_curves(ax, rows, *panel) for ax, panel in zip(axes, PANELS, strict=True)]
+    drawn = [draw_curves(ax, rows, *panel) for ax, panel in zip(axes, PANELS, strict=False)]
     if not any(drawn):
         raise ValueError("nothing to draw: expected rows of metrics.jsonl with 'step' and 'loss' or 'rewards/...'")
 
@@ -83,7 +84,7 @@ def draw_curves(ax: Axes, rows: Sequence[Mapping[str, Any]], title: str, unit: s
         ax.plot(*zip(*points, strict=True), color=color, label=label, marker="o" if len(points) <= 25 else "", ms=3.5)
     if not ax.lines:
         return False
-    if all("accuracies" in name for name in names):
+    if unit.startswith("share"):
         ax.set_ylim(0, 1.05)
     ax.legend(frameon=False, fontsize=9)
     return True

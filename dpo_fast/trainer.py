@@ -175,7 +175,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config, num_steps)
         self.step = self.saved_step = 0
         self.watch = FiniteWatch()
-        self.window = Window()
+        self.window = Window(sampler.max_tokens)
 
     def run(self) -> TrainResult:
         """Steps until the last one or a signal, then the final model."""
@@ -234,7 +234,7 @@ class Trainer:
         last = step == self.num_steps
         if last or step == 1 or is_due(step, config.logging_steps):
             self.log(self.window.read() | {"grad_norm": grad_norm.item()})
-            self.window = Window()
+            self.window = Window(self.sampler.max_tokens)
         with self.window.paused():
             if self.eval_set.groups and (last or is_due(step, config.eval_steps)):
                 self.log(self.evaluate())

@@ -23,6 +23,12 @@ def test_curves_hold_the_rows_that_have_them():
     assert curves == {"training": [[1, 0.69], [2, 0.60]], "held-out pairs": [[2, 0.65]]}
 
 
+def test_a_share_is_drawn_from_none_to_all():
+    _, (ax,) = make_figure(1, 1)
+    assert draw_curves(ax, [{"step": 1, "pack_fill": 0.97}], *PANELS[3])
+    assert ax.get_ylim() == (0, 1.05)
+
+
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_metrics([{"step": 1}], tmp_path / "plot.png")

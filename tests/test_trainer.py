@@ -88,6 +88,7 @@ def test_run_writes_what_the_contract_promises(config, tmp_path):
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     expected = {*PAIR_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second", "peak_memory_gib"}
     assert expected <= steps[0].keys()
+    assert all(0 < row["pack_fill"] <= 1 for row in steps)
     (evaluation,) = [row for row in rows if "eval_loss" in row]
     assert evaluation["step"] == 6
     assert steps[-1]["loss"] < steps[0]["loss"]

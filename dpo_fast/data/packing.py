@@ -47,7 +47,7 @@ class StepSampler:
         assert groups_per_step > 0
         self._lengths = list(lengths)
         self._groups_per_step = groups_per_step
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._seed = seed
         self._step = 0
         self._order_of: tuple[int, np.ndarray] | None = None
@@ -64,7 +64,7 @@ class StepSampler:
         epoch, place = divmod(self._step, self.steps_per_epoch)
         self._step += 1
         chosen = self._order(epoch)[place * self._groups_per_step :][: self._groups_per_step].tolist()
-        packs = best_fit_decreasing([self._lengths[i] for i in chosen], self._max_tokens)
+        packs = best_fit_decreasing([self._lengths[i] for i in chosen], self.max_tokens)
         return [[chosen[i] for i in packed] for packed in packs]
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -91,7 +91,7 @@ class StepSampler:
     def _identity(self) -> dict[str, Any]:
         return {
             "groups per step": self._groups_per_step,
-            "tokens per pack": self._max_tokens,
+            "tokens per pack": self.max_tokens,
             "seed": self._seed,
             "data (hash of lengths)": xxhash.xxh3_64_hexdigest(np.asarray(self._lengths, dtype=np.int64).tobytes()),
         }
