@@ -10,13 +10,14 @@ the bottom right), with a sliding window of W also j > p - W:
 
 An answer of A tokens after a prompt of P pays A (P + A) score entries, and the prompt pays P² once for all answers.
 
-Two ways: on a GPU in half precision one variable-length call for all segments (flash attention as PyTorch ships it);
-else one scaled-dot-product call per segment, which is also the way of caps and sinks, which the former lacks.
+Three ways. On a GPU in half precision one variable-length call for all segments: flash attention as PyTorch ships it,
+or, for caps, which that lacks, the flash-attn package if it is installed. Else one scaled-dot-product call per segment.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 
-Way = Literal["auto", "varlen", "segments"]
+Way = Literal["auto", "varlen", "flash_attn", "segments"]
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,16 @@ def prefix_attention(
         window: sliding window W, the query's own token included; None for none.
         softcap: of the scores; None for none.
         sinks: (H,) logits of the heads' sinks; None for none.
-        way: "varlen" (CUDA, half precision, no softcap, no sinks), "segments", or "auto": the former where it can.
+        way: "varlen" (CUDA, half precision, no softcap, no sinks), "flash_attn" (that package; CUDA, half precision, no
+            sinks), "segments" (everywhere), or "auto": the first of them that can.
 
     Returns:
         (1, H, T, d) in the dtype of `query`.
     """
-    can_varlen = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
-    if way == "varlen" or (way == "auto" and can_varlen and softcap is None and sinks is None):
-        return _varlen(query, key, value, layout, scale, window)
+    if way == "auto":
+        way = _best_way(query, softcap, sinks)
+    if way != "segments":
+        return _one_call(query, key, value, layout, scale, window, softcap, way)
     keys, values = (gather_rows(x[0].transpose(0, 1), layout.kv_index).transpose(0, 1)[None] for x in (key, value))
     outputs = [
         _segment(q, k, v, layout, scale, window, softcap, sinks)
@@ -144,26 +147,48 @@ def prefix_attention(
     return torch.cat(outputs, dim=2)
 
 
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float, window: int | None
+def _best_way(query: Tensor, softcap: float | None, sinks: Tensor | None) -> Way:
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    if sinks is not None or not query.is_cuda or not is_half or query.shape[-1] > 256:
+        return "segments"
+    if softcap is None:
+        return "varlen"
+    return "flash_attn" if find_spec("flash_attn") else "segments"
+
+
+def _one_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    way: Way,
 ) -> Tensor:
     """One call of flash attention for all segments."""
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = varlen_attn(
-        q.contiguous(),
-        gather_rows(k, layout.kv_index),
-        gather_rows(v, layout.kv_index),
-        layout.cu_seqlens_q,
-        layout.cu_seqlens_k,
-        max(layout.query_lengths),
-        max(layout.key_lengths),
-        scale=scale,
-        # Flash attention counts the tokens to the left, ours the token itself as well.
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    q, k, v = q.contiguous(), gather_rows(k, layout.kv_index), gather_rows(v, layout.kv_index)
+    cu_q, cu_k = layout.cu_seqlens_q, layout.cu_seqlens_k
+    max_q, max_k = max(layout.query_lengths), max(layout.key_lengths)
+    # Flash attention counts the tokens to the left, ours the token itself as well.
+    window_size = (-1 if window is None else window - 1, 0)
+    if way == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped = query.shape[1] != key.shape[1]
+        out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=grouped)
+    else:
+        from flash_attn import flash_attn_varlen_func
+
+        out = flash_attn_varlen_func(
+            *(q, k, v, cu_q, cu_k, max_q, max_k),
+            softmax_scale=scale,
+            causal=True,
+            window_size=window_size,
+            softcap=softcap or 0.0,
+            deterministic=True,
+        )
     assert isinstance(out, Tensor)
     return out.transpose(0, 1)[None]
 

@@ -1,5 +1,8 @@
 """Attention over packs against its formula in fp64, and the gather of keys against plain indexing."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from oracle import random_groups
@@ -47,8 +50,8 @@ def test_value_and_gradients_are_the_formulas(options, heads, kv_heads):
         torch.testing.assert_close(grad, true, rtol=1e-9, atol=1e-11)
 
 
-def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What PyTorch's documentation says of `varlen_attn`, in plain PyTorch."""
+def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, softcap=0.0):
+    """What PyTorch's documentation says of `varlen_attn`, in plain PyTorch, and flash-attn's cap."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     assert enable_gqa or q.shape[1] == k.shape[1]
@@ -62,21 +65,40 @@ def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, ena
         keys = torch.arange(len(ks))
         seen = (keys <= place) & ((left < 0) | (keys >= place - left))
         scores = torch.einsum("qhd,khd->hqk", qs, ks.repeat_interleave(repeats, 1)) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, vs.repeat_interleave(repeats, 1)))
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 1000])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_one_call_for_gpus_is_given_the_right_bounds(monkeypatch, window, kv_heads):
-    """There is no such kernel for CPUs, so its documented behaviour stands in for it."""
+def flash_attn_by_hand(*tensors_and_bounds, softmax_scale, causal, window_size, softcap, deterministic):
+    """flash-attn 2.8's `flash_attn_varlen_func`: the same, grouped queries unasked."""
+    assert causal
+    assert deterministic
+    return varlen_by_hand(
+        *tensors_and_bounds, scale=softmax_scale, window_size=window_size, enable_gqa=True, softcap=softcap
+    )
+
+
+@pytest.fixture
+def one_call(monkeypatch):
+    """There are no such kernels for CPUs, so their documented behaviour stands in for them."""
     import torch.nn.attention.varlen
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_by_hand)
+    stand_in = ModuleType("flash_attn")
+    stand_in.flash_attn_varlen_func = flash_attn_by_hand
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 1000])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("way", "softcap"), [("varlen", None), ("flash_attn", None), ("flash_attn", 1.5)])
+def test_the_one_call_for_gpus_is_given_the_right_bounds(one_call, window, kv_heads, way, softcap):
     layout, inputs = make(4, kv_heads)
-    want = prefix_attention(*inputs, layout, scale=0.3, window=window, way="segments")
-    got = prefix_attention(*inputs, layout, scale=0.3, window=window, way="varlen")
+    want = prefix_attention(*inputs, layout, scale=0.3, window=window, softcap=softcap, way="segments")
+    got = prefix_attention(*inputs, layout, scale=0.3, window=window, softcap=softcap, way=way)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     grads, others = (torch.autograd.grad(x.square().sum(), inputs) for x in (got, want))
     for grad, other in zip(grads, others, strict=True):
