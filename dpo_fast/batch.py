@@ -26,8 +26,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast.kernels.segment_sum import segment_sum
-from dpo_fast.losses import PairLogps
+from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
+from dpo_fast.kernels.segment_sum import segment_mean, segment_sum
+from dpo_fast.pairs import PairLogps
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What is known of a row's k answers, in whatever form they are.
+
+    Attributes:
+        pairs: (chosen, rejected) indices of answers; every answer is in a pair or is the gold one.
+        scores: the answers' true scores, not finite for one without; or None.
+        gold: index of an answer that is better than all that are paired, or None.
+        weight: factor of the row's loss.
+    """
+
+    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+    scores: tuple[float, ...] | None = None
+    gold: int | None = None
+    weight: float = 1.0
+
+    def keep(self, pairs: Sequence[tuple[int, int]]) -> tuple[list[int], Ranking]:
+        """Leave only these pairs: the answers that are still used, in order, and the ranking of those."""
+        used = sorted({i for pair in pairs for i in pair} | (set() if self.gold is None else {self.gold}))
+        place = {i: k for k, i in enumerate(used)}
+        return used, Ranking(
+            pairs=tuple((place[chosen], place[rejected]) for chosen, rejected in pairs),
+            scores=None if self.scores is None else tuple(self.scores[i] for i in used),
+            gold=None if self.gold is None else place[self.gold],
+            weight=self.weight,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +67,18 @@ class Group:
         row: index of the row in its source, counted from 0, for messages.
         prompt_ids: (L,) int32, may be empty.
         answers: k arrays (A_i,) int32, each with at least one token, end token included.
-        pairs: (chosen, rejected) indices into `answers`.
+        ranking: of the answers.
     """
 
     row: int
     prompt_ids: np.ndarray
     answers: tuple[np.ndarray, ...]
-    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+    ranking: Ranking = Ranking()
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(chosen, rejected) indices into `answers`."""
+        return self.ranking.pairs
 
     @property
     def num_tokens(self) -> int:
@@ -71,6 +105,9 @@ class PackedBatch:
         answer_segments: S numbers of segments, the answers' own.
         chosen, rejected: (P,) int64, indices of answers.
         pair_rows: P source rows, for messages.
+        weights: (P,) fp32 factors of the pairs' losses; None where all are 1.
+        score_gaps: (P,) fp32, true score of the chosen answer less that of the rejected one; None unless all have one.
+        gold: (P,) int64, index of an answer better than both; None unless all have one.
         ref_logps: (N,) fp32 reference log-probs of the targets, or None.
     """
 
@@ -86,6 +123,9 @@ class PackedBatch:
     rejected: Tensor
     pair_rows: tuple[int, ...]
     answer_segments: tuple[int, ...]
+    weights: Tensor | None = None
+    score_gaps: Tensor | None = None
+    gold: Tensor | None = None
     ref_logps: Tensor | None = None
 
     @property
@@ -132,6 +172,9 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
     chosen: list[int] = []
     rejected: list[int] = []
     rows: list[int] = []
+    weights: list[float] = []
+    gaps: list[float] = []
+    gold: list[int] = []
     answer_segments: list[int] = []
     start = num_answers = 0
     for group in groups:
@@ -145,6 +188,11 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
             chosen.append(num_answers + pair[0])
             rejected.append(num_answers + pair[1])
             rows.append(group.row)
+            weights.append(group.ranking.weight)
+            if group.ranking.scores is not None:
+                gaps.append(group.ranking.scores[pair[0]] - group.ranking.scores[pair[1]])
+            if group.ranking.gold is not None:
+                gold.append(num_answers + group.ranking.gold)
         start += prompt_len
         for answer in group.answers:
             own = np.arange(start, start + len(answer))
@@ -174,6 +222,9 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
         rejected=torch.tensor(rejected, dtype=torch.int64),
         pair_rows=tuple(rows),
         answer_segments=tuple(answer_segments),
+        weights=torch.tensor(weights) if set(weights) - {1.0} else None,
+        score_gaps=torch.tensor(gaps) if len(gaps) == len(rows) else None,
+        gold=torch.tensor(gold, dtype=torch.int64) if len(gold) == len(rows) else None,
         ref_logps=flat_ref,
     )
 
@@ -186,22 +237,69 @@ def _bounds(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.cumsum([0, *map(len, arrays)], dtype=np.int64))
 
 
-def pair_logps(batch: PackedBatch, token_logps: Tensor) -> PairLogps:
+def pair_logps(
+    batch: PackedBatch, token_logps: Tensor, *, ld_alpha: float | None = None, log_sum_p2: Tensor | None = None
+) -> PairLogps:
     """Sums over answers, pair by pair: the step from (N,) token log-probs to what losses read.
 
     Args:
-        batch: with `ref_logps`.
+        batch: without `ref_logps` the reference counts as 0, for losses that need none.
         token_logps: (N,) log-probs of the policy, differentiable.
+        ld_alpha: factor of the longer answer's tokens beyond the shorter one's length: LD-DPO, Liu et al. 2024 (arXiv
+            2409.06411), eq. 10; None is 1.
+        log_sum_p2: (N,) log of the policy's Σ p² at each target: weights each pair as WPO does, Zhou et al. 2024 (arXiv
+            2406.11827), eq. 2; None does not.
     """
-    assert batch.ref_logps is not None, "a loss needs the reference's log-probs"
-    policy = segment_sum(token_logps, batch.cu_answers)
-    reference = segment_sum(batch.ref_logps, batch.cu_answers)
     lengths = batch.answer_lengths
+    bounds = batch.cu_answers
+    sums = _PairSums(batch, ld_alpha)
+    chosen, rejected = sums(token_logps)
+    ref_chosen, ref_rejected = (torch.zeros_like(x) for x in (chosen, rejected))
+    if batch.ref_logps is not None:
+        ref_chosen, ref_rejected = sums(batch.ref_logps)
+    weight = batch.weights
+    if log_sum_p2 is not None:
+        aligned = segment_mean(token_logps.detach() - log_sum_p2.detach(), bounds).exp()
+        own = aligned[batch.chosen] * aligned[batch.rejected]
+        weight = own if weight is None else weight * own
+    gold = None if batch.gold is None else segment_sum(token_logps, bounds)[batch.gold]
     return PairLogps(
-        chosen=policy[batch.chosen],
-        rejected=policy[batch.rejected],
-        ref_chosen=reference[batch.chosen],
-        ref_rejected=reference[batch.rejected],
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
         chosen_len=lengths[batch.chosen],
         rejected_len=lengths[batch.rejected],
+        weight=weight,
+        score_gap=batch.score_gaps,
+        gold=gold,
+        gold_len=None if batch.gold is None else lengths[batch.gold],
     )
+
+
+class _PairSums:
+    """(P,) sums over the tokens of chosen and of rejected answers."""
+
+    def __init__(self, batch: PackedBatch, ld_alpha: float | None) -> None:
+        self.batch = batch
+        self.ld_alpha = ld_alpha
+        if ld_alpha is None or ld_alpha == 1:
+            return
+        # An answer may be in several pairs, with another part of it beyond the partner's length in each: its tokens are
+        # laid out once per pair, and weighted there.
+        sides = torch.cat([batch.chosen, batch.rejected])
+        own = batch.answer_lengths[sides]
+        shared = torch.minimum(*own.chunk(2)).repeat(2)
+        self.bounds = torch.cat([own.new_zeros(1), own.cumsum(0)])
+        side = torch.repeat_interleave(torch.arange(len(sides), device=own.device), own)
+        place = torch.arange(len(side), device=own.device) - self.bounds[side]
+        self.rows = RowIndex.of(batch.cu_answers[sides][side] + place, len(batch.targets))
+        self.weights = torch.where(place < shared[side], 1.0, ld_alpha)
+
+    def __call__(self, token_logps: Tensor) -> tuple[Tensor, Tensor]:
+        if self.ld_alpha is None or self.ld_alpha == 1:
+            sums = segment_sum(token_logps, self.batch.cu_answers)
+            return sums[self.batch.chosen], sums[self.batch.rejected]
+        weighted = gather_rows(token_logps, self.rows) * self.weights.to(token_logps.dtype)
+        chosen, rejected = segment_sum(weighted, self.bounds).chunk(2)
+        return chosen, rejected

@@ -35,6 +35,10 @@ class DataConfig:
         pairs: which responses are compared: `best_worst` the best with the worst, `adjacent` each with the next worse
             one, `all` every two. Each response is computed once, however many pairs it is in.
         min_score_gap: responses whose scores differ by less are not compared; equal scores never are.
+        weight_column: column with a number per row, 0 or above, by which its loss is multiplied; null weights none.
+        margin_column: column with a number per row, by how much the chosen answer's true score is higher, for the
+            losses that use it; rows of responses and scores know it without.
+        gold_column: column with a third answer that is better than both, for the losses that use it.
         tools_column: column with the tools that the chat template is given.
         chat_template: file with a Jinja chat template that replaces the tokenizer's.
         apply_chat_template: wrap plain-text rows as one user turn and one assistant turn.
@@ -53,6 +57,9 @@ class DataConfig:
     scores_column: str = "scores"
     pairs: PairChoice = "best_worst"
     min_score_gap: float = 0.0
+    weight_column: str | None = None
+    margin_column: str | None = None
+    gold_column: str | None = None
     tools_column: str = "tools"
     chat_template: str | None = None
     apply_chat_template: bool = False
@@ -120,7 +127,8 @@ class LossConfig:
     """Which loss is trained with.
 
     Attributes:
-        loss_type: name of a preference loss (`dpo_fast.losses.LOSSES`), or a list of names whose losses are added up.
+        loss_type: name of a preference loss (`dpo_fast.losses.LOSSES`), `module:function` for one of your own, or a
+            list of names whose losses are added up.
         loss_weights: one weight for each of them; null is 1 for all.
         beta: strength of the pull towards the reference.
         label_smoothing: probability that a label is flipped, for the losses that use it.
@@ -129,6 +137,14 @@ class LossConfig:
         f_alpha_divergence_coef: alpha of `alpha_divergence`.
         discopop_tau: temperature of the modulation in `discopop`.
         dpop_lambda: weight of the penalty in `dpop`.
+        simpo_gamma: margin that `simpo` and `alphapo` ask for, after beta.
+        alphapo_alpha: shape of the reward in `alphapo`; 0 is SimPO.
+        tpo_alpha: weight of the gold answer's term in `tpo`.
+        score_scale: factor of the rows' score gaps in `odpo` and `rpo`.
+        desirable_weight: weight of chosen answers in `kto`.
+        undesirable_weight: weight of rejected answers in `kto`.
+        ld_alpha: LD-DPO: the longer answer's tokens beyond the shorter one's length count by this factor; null is 1.
+        use_weighting: WPO: weight each pair by how likely the policy finds its answers.
     """
 
     loss_type: str | list[str] = "sigmoid"
@@ -139,6 +155,14 @@ class LossConfig:
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
     dpop_lambda: float = 50.0
+    simpo_gamma: float = 0.5
+    alphapo_alpha: float = 0.25
+    tpo_alpha: float = 1.0
+    score_scale: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    ld_alpha: float | None = None
+    use_weighting: bool = False
 
 
 @dataclass
@@ -148,6 +172,10 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     Attributes:
         output_dir: folder of the run.
         ref_model: the reference, where it is not the model that training starts from.
+        sync_ref_model: TR-DPO: let the reference follow the policy; it is then kept as a second model and scores every
+            pack anew.
+        ref_model_sync_steps: optimizer steps from one such move to the next.
+        ref_model_mixup_alpha: share of the policy in the new reference, the rest is the old one.
         eval_data: held-out rows, in any of the forms of `data`.
         eval_split: share of `data` that is held out where `eval_data` is not given.
         eval_steps: evaluate every so many optimizer steps; null evaluates at the end alone.
@@ -177,6 +205,9 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
 
     output_dir: str = "runs/dpo"
     ref_model: str | None = None
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = 512
+    ref_model_mixup_alpha: float = 0.6
     eval_data: str | None = None
     eval_split: float = 0.0
     eval_steps: int | None = None

@@ -14,7 +14,8 @@ from dpo_fast.config import LossConfig
 from dpo_fast.kernels.backends import Backend
 from dpo_fast.kernels.linear_logprob import linear_logprob
 from dpo_fast.kernels.segment_sum import segment_sum
-from dpo_fast.losses import PairLogps, loss_terms, preference_loss
+from dpo_fast.objective import loss_terms, preference_loss
+from dpo_fast.pairs import PairLogps
 
 Aux = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dpo_fast.batch import Group, pack
 from dpo_fast.config import DPOConfig, TrainingError, UserError
-from dpo_fast.losses import loss_at_reference, slope_at_reference
 from dpo_fast.model import CannotPack, Policy, use_own_attention, use_packed_attention
+from dpo_fast.objective import loss_at_reference, slope_at_reference
 
 logger = logging.getLogger("dpo_fast")
 
@@ -31,7 +31,8 @@ def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPO
         TrainingError: they differ.
     """
     longest = max(len(answer) for group in groups for answer in group.answers)
-    known = loss_at_reference(config)
+    weighted = config.use_weighting or config.weight_column is not None
+    known = None if weighted else loss_at_reference(config)
     expected = metrics["loss"] if known is None else known
     noise = (1e-5 if policy.compute_dtype is torch.float32 else 5e-2) * math.sqrt(longest)
     slope = slope_at_reference(config)

@@ -1,103 +1,34 @@
 """Every preference loss: small pure functions of fp32 sequence log-probs, in one dict.
 
-Notation: pi is the policy, ref the frozen reference, w the chosen and l the rejected answer of a prompt x;
-    r_w = log pi(w|x) - log ref(w|x),  r_l likewise          log-ratios in nats
-    Δ = f'(e^r_w) - f'(e^r_l)                                the margin, before beta; r_w - r_l for the usual reverse KL
-Each function takes `PairLogps` and `LossConfig` and returns one loss per pair, (P,) fp32, not yet averaged;
-`preference_loss` adds up those that a configuration names. Labels and names are TRL's; docs/losses.md has the table.
+Each takes `PairLogps` and `LossConfig` and returns one loss per pair, (P,) fp32, not yet averaged; the notation is that
+of `pairs.py`. A loss needs a pair and its reference scores unless its docstring says more: "lengths", "no reference",
+"batch" (it compares the pairs of a pack), "scores" or "a gold answer" (of the rows). `objective.py` adds up those that
+a configuration names. Labels and names are TRL's; docs/losses.md has the table.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_fast.config import LossConfig, UserError
-
-
-@dataclass(frozen=True, slots=True)
-class PairLogps:
-    """What a loss may read of P pairs.
-
-    Attributes:
-        chosen, rejected: (P,) fp32, log pi of the whole answer, in nats.
-        ref_chosen, ref_rejected: (P,) fp32, log ref of the same answers.
-        chosen_len, rejected_len: (P,) int64, scored tokens of each answer.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    chosen_len: Tensor
-    rejected_len: Tensor
-
-    @property
-    def chosen_logratio(self) -> Tensor:
-        """(P,) log pi(w|x) - log ref(w|x)."""
-        return self.chosen - self.ref_chosen
-
-    @property
-    def rejected_logratio(self) -> Tensor:
-        """(P,) log pi(l|x) - log ref(l|x)."""
-        return self.rejected - self.ref_rejected
-
-    @property
-    def margin(self) -> Tensor:
-        """(P,) Δ."""
-        return self.chosen_logratio - self.rejected_logratio
-
-    def at_reference(self) -> PairLogps:
-        """The same pairs with the policy equal to the reference: every margin is 0."""
-        return replace(self, chosen=self.ref_chosen, rejected=self.ref_rejected)
-
+from dpo_fast.pairs import PairLogps, margin, mean_margin
 
 Loss = Callable[[PairLogps, LossConfig], Tensor]
-Divergence = Callable[[Tensor, LossConfig], Tensor]
-
-
-def _alpha_score(logratio: Tensor, config: LossConfig) -> Tensor:
-    exponent = config.f_alpha_divergence_coef - 1
-    if abs(exponent) < 1e-6:
-        return logratio
-    # e^80 is near the end of fp32; beyond it the gradient would be no number.
-    return torch.expm1((exponent * logratio).clamp(max=80.0)) / exponent
-
-
-# f'(t) of the divergence that holds the policy near the reference, as a function of log t, with f'(1) = 0, so that a
-# score over its length is 0 at the reference, too. f-DPO, Wang et al. 2023 (arXiv 2309.16240), table 1.
-DIVERGENCES: dict[str, Divergence] = {
-    "reverse_kl": lambda logratio, config: logratio,
-    "forward_kl": lambda logratio, config: -torch.expm1(-logratio),
-    "js_divergence": lambda logratio, config: math.log(2) + F.logsigmoid(logratio),
-    "alpha_divergence": _alpha_score,
-}
-
-
-def _scores(pairs: PairLogps, config: LossConfig) -> tuple[Tensor, Tensor]:
-    score = DIVERGENCES[config.f_divergence_type]
-    return score(pairs.chosen_logratio, config), score(pairs.rejected_logratio, config)
-
-
-def _margin(pairs: PairLogps, config: LossConfig) -> Tensor:
-    chosen, rejected = _scores(pairs, config)
-    return chosen - rejected
-
-
-def _mean_margin(pairs: PairLogps, config: LossConfig) -> Tensor:
-    """Δ with each score divided by its answer's length."""
-    chosen, rejected = _scores(pairs, config)
-    return chosen / pairs.chosen_len.clamp(min=1) - rejected / pairs.rejected_len.clamp(min=1)
 
 
 def sigmoid(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ). DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. No label smoothing: see `cdpo`."""
-    return -F.logsigmoid(config.beta * _margin(pairs, config))
+    return -F.logsigmoid(config.beta * margin(pairs, config))
+
+
+def _smoothed(logits: Tensor, config: LossConfig) -> Tensor:
+    """-(1 - ε) log sigmoid(x) - ε log sigmoid(-x), ε = `label_smoothing`."""
+    return -(1 - config.label_smoothing) * F.logsigmoid(logits) - config.label_smoothing * F.logsigmoid(-logits)
 
 
 def cdpo(pairs: PairLogps, config: LossConfig) -> Tensor:
@@ -105,8 +36,7 @@ def cdpo(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     Conservative DPO, Mitchell 2023 ("A note on DPO with noisy preferences", eq. 3).
     """
-    logits, smoothing = config.beta * _margin(pairs, config), config.label_smoothing
-    return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
+    return _smoothed(config.beta * margin(pairs, config), config)
 
 
 def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
@@ -114,33 +44,33 @@ def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     rDPO, unbiased where a share ε of the labels is flipped. Chowdhury et al. 2024 (arXiv 2403.00409), eq. 8.
     """
-    logits, smoothing = config.beta * _margin(pairs, config), config.label_smoothing
+    logits, smoothing = config.beta * margin(pairs, config), config.label_smoothing
     noisy = -(1 - smoothing) * F.logsigmoid(logits) + smoothing * F.logsigmoid(-logits)
     return noisy / (1 - 2 * smoothing)
 
 
 def hinge(pairs: PairLogps, config: LossConfig) -> Tensor:
     """max(0, 1 - beta Δ). RSO, Liu et al. 2023 (arXiv 2309.06657), section 3.3."""
-    return F.relu(1 - config.beta * _margin(pairs, config))
+    return F.relu(1 - config.beta * margin(pairs, config))
 
 
 def ipo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(Δ̄ - 1/(2 beta))², Δ̄ the margin with each score divided by its answer's length.
 
-    IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17; beta is the paper's τ. The mean over tokens is TRL's
+    IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17; beta is the paper's τ. Lengths: the mean over tokens is TRL's
     convention; `ipo_sum` is the paper's.
     """
-    return (_mean_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
+    return (mean_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
 
 
 def ipo_sum(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(Δ - 1/(2 beta))². IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17 to the letter: sums over tokens."""
-    return (_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
+    return (margin(pairs, config) - 1 / (2 * config.beta)) ** 2
 
 
 def sigmoid_norm(pairs: PairLogps, config: LossConfig) -> Tensor:
-    """-log sigmoid(beta Δ̄), Δ̄ as in `ipo`: length-normalised DPO, as in Tulu 3 (arXiv 2411.15124), section 5."""
-    return -F.logsigmoid(config.beta * _mean_margin(pairs, config))
+    """-log sigmoid(beta Δ̄), Δ̄ as in `ipo`: length-normalised DPO, Tulu 3 (arXiv 2411.15124), section 5. Lengths."""
+    return -F.logsigmoid(config.beta * mean_margin(pairs, config))
 
 
 def exo_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
@@ -148,7 +78,7 @@ def exo_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     EXO, Ji et al. 2024 (arXiv 2402.00856), eq. 16.
     """
-    logits, smoothing = config.beta * _margin(pairs, config), config.label_smoothing
+    logits, smoothing = config.beta * margin(pairs, config), config.label_smoothing
     chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-smoothing))
     return chosen + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
 
@@ -165,9 +95,20 @@ def nca_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
 def bco_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta r_w) - log sigmoid(-beta r_l).
 
-    BCO, Jung et al. 2024 (arXiv 2404.04656), eq. 8, with the reward shift δ at 0, as TRL has it.
+    BCO, Jung et al. 2024 (arXiv 2404.04656), eq. 8, with the reward shift δ at 0, as TRL has it; `bco` shifts.
     """
     return -F.logsigmoid(config.beta * pairs.chosen_logratio) - F.logsigmoid(-config.beta * pairs.rejected_logratio)
+
+
+def bco(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """-log sigmoid(beta r_w - δ) - log sigmoid(-(beta r_l - δ)), δ the mean reward of both answers so far.
+
+    BCO, Jung et al. 2024 (arXiv 2404.04656), eq. 8 and section 3.3. Here δ is the mean over all pairs of earlier steps
+    (`reward_shift`), 0 at the first, so that a step's loss does not depend on how it is cut into packs.
+    """
+    shift = 0.0 if pairs.reward_shift is None else pairs.reward_shift
+    chosen, rejected = config.beta * pairs.chosen_logratio - shift, config.beta * pairs.rejected_logratio - shift
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 def sppo_hard(pairs: PairLogps, config: LossConfig) -> Tensor:
@@ -197,7 +138,7 @@ def discopop(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     DiscoPOP's log-ratio modulated loss, Lu et al. 2024 (arXiv 2406.08414), eq. 5.
     """
-    logits = config.beta * _margin(pairs, config)
+    logits = config.beta * margin(pairs, config)
     modulation = torch.sigmoid(logits / config.discopop_tau)
     return -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
 
@@ -208,69 +149,151 @@ def dpop(pairs: PairLogps, config: LossConfig) -> Tensor:
     DPO-Positive, Pal et al. 2024 (arXiv 2402.13228), eq. 3.
     """
     penalty = config.dpop_lambda * F.relu(-pairs.chosen_logratio)
-    return -F.logsigmoid(config.beta * (_margin(pairs, config) - penalty))
+    return -F.logsigmoid(config.beta * (margin(pairs, config) - penalty))
+
+
+def odpo(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """-log sigmoid(beta Δ - η g), g the row's score gap, η = `score_scale`: better answers must win by more.
+
+    DPO with an offset, Amini et al. 2024 (arXiv 2402.10571), eq. 8. Scores.
+    """
+    return -F.logsigmoid(config.beta * margin(pairs, config) - config.score_scale * _score_gap(pairs))
+
+
+def rpo(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """KL(Bernoulli(sigmoid(η g)) || Bernoulli(sigmoid(beta Δ))), g the row's score gap, η = `score_scale`.
+
+    Reward-aware preference optimization, Nemotron-4 340B (arXiv 2406.11704), section 3.3.2. Scores.
+    """
+    got, true = config.beta * margin(pairs, config), config.score_scale * _score_gap(pairs)
+    won = torch.sigmoid(true) * (F.logsigmoid(true) - F.logsigmoid(got))
+    return won + torch.sigmoid(-true) * (F.logsigmoid(-true) - F.logsigmoid(-got))
+
+
+def _score_gap(pairs: PairLogps) -> Tensor:
+    if pairs.score_gap is None:
+        raise UserError(
+            "this loss needs the difference of the answers' true scores: rows of responses and scores, or "
+            "--margin_column with a number per row"
+        )
+    return pairs.score_gap
+
+
+def aot(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """The loss of `cdpo` on δ_k = sort(log pi(w) - log pi(l))_k - sort(log ref(w) - log ref(l))_k.
+
+    AOT on paired data, Melnyk et al. 2024 (arXiv 2406.05882), algorithm 1: the policy's margins dominate the
+    reference's as a distribution. Batch: the k-th loss belongs to the k-th rank, not to the k-th pair.
+    """
+    policy, reference = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
+    return _smoothed(config.beta * (policy.sort().values - reference.sort().values), config)
+
+
+def aot_unpaired(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """The loss of `cdpo` on δ_k = sort(r_w)_k - sort(r_l)_k: chosen ratios dominate rejected ones as a distribution.
+
+    AOT on unpaired data, Melnyk et al. 2024 (arXiv 2406.05882), algorithm 1. Batch, as for `aot`.
+    """
+    delta = pairs.chosen_logratio.sort().values - pairs.rejected_logratio.sort().values
+    return _smoothed(config.beta * delta, config)
+
+
+def kto(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """λ_D (1 - sigmoid(beta (r_w - z_l))) + λ_U (1 - sigmoid(beta (z_w - r_l))), z = max(0, mean of r over the batch).
+
+    KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 8, on pairs: each answer's reference point is the KL estimate
+    from the other side's answers, without gradient, as in the authors' code for pairs. λ_D = `desirable_weight`,
+    λ_U = `undesirable_weight`. `FusedLinearKTOLoss` takes unpaired answers and a KL of your own. Batch.
+    """
+    chosen, rejected = pairs.chosen_logratio, pairs.rejected_logratio
+    chosen_kl, rejected_kl = (x.detach().mean().clamp(min=0) for x in (chosen, rejected))
+    desirable = torch.sigmoid(-config.beta * (chosen - rejected_kl))
+    undesirable = torch.sigmoid(-config.beta * (chosen_kl - rejected))
+    return config.desirable_weight * desirable + config.undesirable_weight * undesirable
 
 
 def sft(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log pi(w|x) / |w|: the chosen answer's cross-entropy, to be added to another loss by `loss_weights`.
 
     The second term of RPO, Pang et al. 2024 (arXiv 2404.19733), eq. 1. Each answer counts alike; TRL averages over all
-    chosen tokens of a batch, so that long answers count more.
+    chosen tokens of a batch, so that long answers count more. Lengths; no reference.
     """
-    return -pairs.chosen / pairs.chosen_len.clamp(min=1)
+    return -pairs.chosen_mean
+
+
+def cpo(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """The loss of `cdpo` on log pi(w) - log pi(l).
+
+    CPO, Xu et al. 2024 (arXiv 2401.08417), eq. 3; its second term is `sft`. No reference.
+    """
+    return _smoothed(config.beta * (pairs.chosen - pairs.rejected), config)
+
+
+def slic(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """max(0, 1 - beta (log pi(w) - log pi(l))), which is beta times the paper's loss with δ = 1/beta.
+
+    SLiC-HF, Zhao et al. 2023 (arXiv 2305.10425), eq. 1; its second term is `sft`. No reference.
+    """
+    return F.relu(1 - config.beta * (pairs.chosen - pairs.rejected))
+
+
+def simpo(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """The loss of `cdpo` on beta (log pi(w)/|w| - log pi(l)/|l|) - γ, before beta; γ = `simpo_gamma`.
+
+    SimPO, Meng et al. 2024 (arXiv 2405.14734), eq. 6. Lengths; no reference.
+    """
+    return _smoothed(config.beta * (pairs.chosen_mean - pairs.rejected_mean) - config.simpo_gamma, config)
+
+
+def alphapo(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """The loss of `simpo` with the reward (1 - p^-α) / α in place of log p, p = pi(y)^(1/|y|), α = `alphapo_alpha`.
+
+    AlphaPO, Gupta et al. 2025 (arXiv 2501.03884), eq. 8; α = 0 is SimPO. Lengths; no reference.
+    """
+    alpha = config.alphapo_alpha
+    if alpha == 0:
+        return simpo(pairs, config)
+    chosen, rejected = (-torch.expm1(-alpha * x) / alpha for x in (pairs.chosen_mean, pairs.rejected_mean))
+    return _smoothed(config.beta * (chosen - rejected) - config.simpo_gamma, config)
+
+
+def orpo(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """-log p_w - beta log sigmoid(log odds(p_w) - log odds(p_l)), p = pi(y)^(1/|y|), odds(p) = p / (1 - p).
+
+    ORPO, Hong et al. 2024 (arXiv 2403.07691), eq. 6 and 7; beta is the paper's λ. Lengths; no reference. The first term
+    is `sft`, averaged as there.
+    """
+    chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
+    log_odds = chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
+    return sft(pairs, config) - config.beta * F.logsigmoid(log_odds)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, exact at both ends; a certain answer, x = 0, counts as one of p = 1 - 1e-7."""
+    x = x.clamp(max=-1e-7)
+    near_zero = x > -math.log(2)
+    # Each branch gets an argument that it is exact for, so that the other one's gradient is no nan.
+    near = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))
+    return torch.where(near_zero, near, torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x))))
+
+
+def tpo(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """-log sigmoid(beta (log pi(w) - log pi(l))) - α log pi(g)/|g|, g the gold answer, α = `tpo_alpha`.
+
+    Triple preference optimization, Saeidi et al. 2024 (arXiv 2405.16681), eq. 8; the gold answer's term is averaged as
+    in `sft`. A gold answer; lengths; no reference.
+    """
+    if pairs.gold is None or pairs.gold_len is None:
+        raise UserError("tpo needs a third answer that is better than both: name its column with --gold_column")
+    gold = pairs.gold / pairs.gold_len.clamp(min=1)
+    return -F.logsigmoid(config.beta * (pairs.chosen - pairs.rejected)) - config.tpo_alpha * gold
 
 
 LOSSES: dict[str, Loss] = {
     loss.__name__: loss
     for loss in (
-        *(sigmoid, cdpo, robust, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard),
-        *(apo_zero, apo_down, discopop, dpop, sft),
+        *(sigmoid, cdpo, robust, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, bco_pair, bco, sppo_hard),
+        *(apo_zero, apo_down, discopop, dpop, odpo, rpo, aot, aot_unpaired, kto),
+        *(sft, cpo, slic, simpo, alphapo, orpo, tpo),
     )
 }
-# Losses that are not a function of the log-ratios alone: their value at the reference is not known beforehand.
-_NOT_OF_LOGRATIOS = {"sft"}
-# Squares of a distance of 1 / (2 beta): how much faster than beta Δ they move at the reference.
-_SQUARES = {"ipo", "ipo_sum", "sppo_hard"}
-
-
-def loss_terms(config: LossConfig) -> list[tuple[str, float]]:
-    """(name, weight) of each loss of a configuration.
-
-    Raises:
-        UserError: an unknown name, or a value that its loss cannot have.
-    """
-    names = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
-    weights = [1.0] * len(names) if config.loss_weights is None else config.loss_weights
-    if not names or len(weights) != len(names):
-        raise UserError(f"--loss_weights {weights}: expected {len(names)} numbers, one for each of --loss_type {names}")
-    for name in names:
-        if name not in LOSSES:
-            raise UserError(f"--loss_type {name}: unknown; choose one of {', '.join(sorted(LOSSES))}")
-    if config.f_divergence_type not in DIVERGENCES:
-        known = ", ".join(sorted(DIVERGENCES))
-        raise UserError(f"--f_divergence_type {config.f_divergence_type}: unknown; choose one of {known}")
-    if "robust" in names and not 0 <= config.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: the robust loss needs a value in [0, 0.5)")
-    if "exo_pair" in names and not 0 < config.label_smoothing < 1:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: exo_pair needs a value in (0, 1), such as 0.001")
-    return list(zip(names, weights, strict=True))
-
-
-def preference_loss(pairs: PairLogps, config: LossConfig) -> Tensor:
-    """(P,) weighted sum of the losses that a configuration names (MPO, Wang et al. 2024, arXiv 2411.10442, eq. 1)."""
-    terms = [weight * LOSSES[name](pairs, config) for name, weight in loss_terms(config)]
-    return torch.stack(terms).sum(0)
-
-
-def loss_at_reference(config: LossConfig) -> float | None:
-    """The loss where the policy is the reference, ln 2 for DPO; None where it depends on more than log-ratios."""
-    if any(name in _NOT_OF_LOGRATIOS for name, _ in loss_terms(config)):
-        return None
-    zero = torch.zeros(1)
-    return preference_loss(PairLogps(zero, zero, zero, zero, zero + 1, zero + 1), config).item()
-
-
-def slope_at_reference(config: LossConfig) -> float:
-    """By how much the loss may move, at most, for a move of 1 in beta Δ around the reference."""
-    steepest = dict.fromkeys(_SQUARES, 1 / config.beta**2) | {"dpop": config.dpop_lambda}
-    return sum(abs(weight) * max(1.0, steepest.get(name, 1.0)) for name, weight in loss_terms(config))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.batch import PackedBatch
-from dpo_fast.losses import PairLogps
+from dpo_fast.pairs import PairLogps
 
 PAIR_METRICS = (
     "loss",
@@ -49,6 +49,11 @@ class PairAverage:
         total = metrics.double().sum(1)
         self._sum = total if self._sum is None else self._sum + total
         self.num_pairs += metrics.shape[1]
+
+    def total(self, name: str) -> Tensor:
+        """Scalar fp64 sum of a figure, on the device."""
+        assert self._sum is not None, "nothing was added"
+        return self._sum[PAIR_METRICS.index(name)]
 
     def read(self) -> dict[str, float]:
         """The means by name; empty if nothing was added."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dpo_fast.batch import PackedBatch
 from dpo_fast.config import ModelConfig, UserError
 from dpo_fast.kernels import autotune
-from dpo_fast.kernels.linear_logprob import linear_logprob
+from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
 from dpo_fast.kernels.prefix_attention import PrefixLayout, prefix_attention, prefix_layout
+from dpo_fast.kernels.token_stats import TokenStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,10 +161,12 @@ class Scored:
     Attributes:
         logps: (N,) fp32 log-probs of the targets.
         router_loss: load-balancing loss of a mixture of experts, to be added to a mean loss; None for other models.
+        stats: (N,) figures of each target's distribution, where they were asked for.
     """
 
     logps: Tensor
-    router_loss: Tensor | None
+    router_loss: Tensor | None = None
+    stats: TokenStats | None = None
 
 
 @dataclass(frozen=True)
@@ -222,14 +225,15 @@ class Policy:
         """The context that the decoder's body runs in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def forward(self, batch: PackedBatch) -> Scored:
+    def forward(self, batch: PackedBatch, *, want_stats: bool = False) -> Scored:
         """The decoder's body over the pack, the head over the target rows alone.
 
         Returns:
             Log-probs in the order of `batch.targets`, differentiable.
         """
         decoded = self._decode_packed(batch) if self.shares_prompts else self._decode_answers(batch)
-        return Scored(self.head_logps(decoded.rows, batch.targets), self._router_loss(decoded.router_logits))
+        logps, stats = self._head(decoded.rows, batch.targets, want_stats=want_stats)
+        return Scored(logps, self._router_loss(decoded.router_logits), stats)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) fp32 log-probs of `forward`."""
@@ -272,7 +276,7 @@ class Policy:
         loss = balance(router_logits, self.model.num_experts, self.model.num_experts_per_tok)
         return self.model.router_aux_loss_coef * loss
 
-    def head_logps(self, rows: Tensor, targets: Tensor) -> Tensor:
+    def _head(self, rows: Tensor, targets: Tensor, *, want_stats: bool) -> tuple[Tensor, TokenStats | None]:
         """Log-probs of `targets` (N,) under the LM head, from the hidden states `rows` (N, D) one position earlier."""
         head = self.model.get_output_embeddings()
         text_config = self.model.config.get_text_config()
@@ -280,15 +284,16 @@ class Policy:
         divisor = getattr(text_config, "logits_scaling", None) or 1 / (getattr(text_config, "logit_scale", None) or 1)
         dtype = self.compute_dtype
         bias = getattr(head, "bias", None)
-        return linear_logprob(
-            rows.to(dtype),
-            head.weight.to(dtype),
-            targets,
-            bias=None if bias is None else bias.to(dtype),
-            softcap=getattr(text_config, "final_logit_softcapping", None),
-            temperature=divisor,
-            memory_budget=self.memory_budget,
-        )
+        arguments = (rows.to(dtype), head.weight.to(dtype), targets)
+        options: dict[str, Any] = {
+            "bias": None if bias is None else bias.to(dtype),
+            "softcap": getattr(text_config, "final_logit_softcapping", None),
+            "temperature": divisor,
+            "memory_budget": self.memory_budget,
+        }
+        if want_stats:
+            return linear_logprob_with_stats(*arguments, **options)
+        return linear_logprob(*arguments, **options), None
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dpo_fast.batch import Group, PackedBatch, pack, pair_logps
+from dpo_fast.batch import Group, PackedBatch, pack
 from dpo_fast.checkpoint import (
     load_state,
     resolve_resume,
@@ -34,13 +34,14 @@ from dpo_fast.checkpoint import (
 from dpo_fast.config import DPOConfig, UserError
 from dpo_fast.data import StepSampler, best_fit_decreasing, load_groups
 from dpo_fast.guards import FiniteWatch, check_first_step, check_packed_forward
-from dpo_fast.losses import loss_terms, preference_loss
-from dpo_fast.metrics import MetricsFile, PairAverage, Window, pair_metrics, peak_memory_gib, read_metrics
+from dpo_fast.metrics import MetricsFile, PairAverage, Window, peak_memory_gib, read_metrics
 from dpo_fast.model import Policy, load_tokenizer, warn_if_weights_cannot_move
+from dpo_fast.objective import OF_GOLD, OF_SCORES, loss_names, loss_terms, needs_reference
 from dpo_fast.optim import make_optimizer, make_schedule
 from dpo_fast.progress import ProgressLine, progress_line
 from dpo_fast.reference import AnswerLogps
 from dpo_fast.score import reference_logps, token_budget
+from dpo_fast.step import MovingReference, RewardShift, backward, loss_and_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +81,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
 
     tokenizer = load_tokenizer(config.model, config.chat_template)
     groups, eval_groups = load_splits(config, tokenizer, console)
+    check_scores(config, groups + eval_groups)
     max_tokens = token_budget(config, groups + eval_groups, config.per_device_train_batch_size)
 
     def make_sampler() -> StepSampler:
@@ -110,20 +112,30 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
         packed for step in islice(make_sampler(), min(num_steps, sampler.steps_per_epoch)) for packed in step
     ]
     eval_packs = best_fit_decreasing([group.num_tokens for group in eval_groups], max_tokens)
-    references, fingerprint = reference_logps(
-        config,
-        config.ref_model or config.model,
-        groups + eval_groups,
-        packs=first_packs + [[len(groups) + i for i in packed] for packed in eval_packs],
-        policy=None if checkpoint or config.ref_model else policy,
-        fingerprint=state["reference"] if state else None,
-        console=console,
-    )
+    references, fingerprint, moving = None, None, None
+    if config.sync_ref_model:
+        moving = MovingReference(
+            Policy.load(config, config.ref_model or config.model),
+            sync_steps=config.ref_model_sync_steps,
+            alpha=config.ref_model_mixup_alpha,
+        )
+        moving.reference.shares_prompts = policy.shares_prompts
+    elif needs_reference(config):
+        references, fingerprint = reference_logps(
+            config,
+            config.ref_model or config.model,
+            groups + eval_groups,
+            packs=first_packs + [[len(groups) + i for i in packed] for packed in eval_packs],
+            policy=None if checkpoint or config.ref_model else policy,
+            fingerprint=state["reference"] if state else None,
+            console=console,
+        )
 
     policy.set_trainable(gradient_checkpointing=config.gradient_checkpointing)
     trainer = Trainer(config, policy, tokenizer, sampler, num_steps, fingerprint, console)
-    trainer.train_set = PairSet(groups, references[: len(groups)])
-    trainer.eval_set = PairSet(eval_groups, references[len(groups) :])
+    trainer.train_set = PairSet(groups, references and references[: len(groups)], moving)
+    trainer.eval_set = PairSet(eval_groups, references and references[len(groups) :], moving)
+    trainer.moving_reference = moving
     trainer.eval_packs = eval_packs
     if state:
         trainer.load_state_dict(state)
@@ -134,14 +146,17 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
 
 @dataclass(frozen=True)
 class PairSet:
-    """Groups with the reference's log-probs of their answers."""
+    """Groups with the reference's log-probs of their answers: cached, by a model that moves, or none."""
 
     groups: list[Group]
-    references: list[AnswerLogps]
+    references: list[AnswerLogps] | None
+    moving: MovingReference | None = None
 
     def pack(self, indices: Sequence[int]) -> PackedBatch:
         """The pack of these groups."""
-        return pack([self.groups[i] for i in indices], [self.references[i] for i in indices])
+        references = None if self.references is None else [self.references[i] for i in indices]
+        batch = pack([self.groups[i] for i in indices], references)
+        return batch if self.moving is None else self.moving.score(batch)
 
 
 class Trainer:
@@ -150,6 +165,7 @@ class Trainer:
     train_set: PairSet
     eval_set: PairSet
     eval_packs: list[list[int]]
+    moving_reference: MovingReference | None
     metrics_file: MetricsFile
     line: ProgressLine
 
@@ -160,7 +176,7 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         sampler: StepSampler,
         num_steps: int,
-        reference_fingerprint: str,
+        reference_fingerprint: str | None,
         console: Console,
     ) -> None:
         self.config = config
@@ -175,6 +191,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, config, num_steps)
         self.step = self.saved_step = 0
         self.watch = FiniteWatch()
+        self.reward_shift = RewardShift() if "bco" in loss_names(config) else None
         self.window = Window(sampler.max_tokens)
 
     def run(self) -> TrainResult:
@@ -209,11 +226,11 @@ class Trainer:
         average = PairAverage()
         for packed in packs:
             batch = self.train_set.pack(packed)
-            metrics = backward(self.policy, batch, self.config, num_pairs)
+            metrics = backward(self.policy, batch, self.config, num_pairs, self.shift)
             average.add(metrics)
             self.watch.add(self.step + 1, batch.pair_rows, metrics[0].isfinite())
             self.window.add(batch, metrics)
-        if self.step == 0 and self.config.ref_model is None:
+        if self.step == 0 and self.config.ref_model is None and needs_reference(self.config):
             check_first_step(average.read(), groups, self.config, self.policy)
         max_norm = self.config.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), max_norm)
@@ -225,7 +242,16 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.reward_shift is not None:
+            self.reward_shift.add(average.total("rewards/chosen") + average.total("rewards/rejected"), num_pairs)
+        if self.moving_reference is not None:
+            self.moving_reference.after_step(self.step, self.policy)
         return grad_norm
+
+    @property
+    def shift(self) -> Tensor | None:
+        """The reward shift of this step, for the loss that has one."""
+        return None if self.reward_shift is None else self.reward_shift.value
 
     def after_step(self, grad_norm: Tensor) -> None:
         """Report, evaluate and save where a step calls for it."""
@@ -260,7 +286,8 @@ class Trainer:
         """Loss and rewards on the held-out pairs, under names that begin with `eval_`."""
         average = PairAverage()
         for packed in self.eval_packs:
-            average.add(loss_and_metrics(self.policy, self.eval_set.pack(packed), self.config)[1])
+            batch = self.eval_set.pack(packed)
+            average.add(loss_and_metrics(self.policy, batch, self.config, self.shift)[1])
         return {f"eval_{name}": value for name, value in average.read().items()}
 
     def write_model(self, folder: Path) -> None:
@@ -274,7 +301,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights."""
-        return {
+        state = {
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -282,6 +309,11 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "reference": self.reference_fingerprint,
         }
+        if self.reward_shift is not None:
+            state["reward_shift"] = self.reward_shift.state_dict()
+        if self.moving_reference is not None:
+            state["moving_reference"] = self.moving_reference.reference.model.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
@@ -292,6 +324,16 @@ class Trainer:
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        try:
+            if self.reward_shift is not None:
+                self.reward_shift.load_state_dict(state["reward_shift"])
+            if self.moving_reference is not None:
+                self.moving_reference.reference.model.load_state_dict(state["moving_reference"])
+        except KeyError as error:
+            raise UserError(
+                f"--resume: the checkpoint has no {error.args[0]}: it belongs to a run with another --loss_type or "
+                "--sync_ref_model"
+            ) from error
         torch.set_rng_state(state["rng"])
 
 
@@ -303,9 +345,29 @@ def check_config(config: DPOConfig) -> None:
     for name in ("beta", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
+    if config.sync_ref_model and not needs_reference(config):
+        raise UserError(f"--sync_ref_model true: --loss_type {config.loss_type} has no reference")
+    if config.sync_ref_model and not (0 < config.ref_model_mixup_alpha <= 1 and config.ref_model_sync_steps > 0):
+        raise UserError("--sync_ref_model: expected --ref_model_mixup_alpha in (0, 1] and --ref_model_sync_steps > 0")
+    if OF_GOLD.intersection(loss_names(config)) and config.gold_column is None:
+        raise UserError(
+            f"--loss_type {config.loss_type}: needs a third, better answer; name its column by --gold_column"
+        )
+    if config.ld_alpha is not None and not 0 <= config.ld_alpha <= 1:
+        raise UserError(f"--ld_alpha {config.ld_alpha}: expected a value in [0, 1]")
     if not 0 <= config.eval_split < 1:
         raise UserError(f"--eval_split {config.eval_split}: expected a share of the rows, at least 0 and below 1")
     warn_if_weights_cannot_move(config, config.learning_rate)
+
+
+def check_scores(config: DPOConfig, groups: list[Group]) -> None:
+    """Refuse losses of score gaps where a row has none."""
+    without = [group.row for group in groups if group.ranking.scores is None]
+    if without and OF_SCORES.intersection(loss_names(config)):
+        raise UserError(
+            f"--loss_type {config.loss_type}: needs true scores, and row {without[0]} has none: use rows of responses "
+            "and scores, or name a column of score differences by --margin_column"
+        )
 
 
 def refuse_to_overwrite(config: DPOConfig, output_dir: Path) -> None:
@@ -367,26 +429,6 @@ def start_output(config: DPOConfig, output_dir: Path, step: int) -> None:
     if step == 0:
         (output_dir / METRICS_FILE).unlink(missing_ok=True)
     (output_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-
-
-def loss_and_metrics(policy: Policy, batch: PackedBatch, config: DPOConfig) -> tuple[Tensor, Tensor]:
-    """A pack's summed loss, and its metrics as (len(PAIR_METRICS), P)."""
-    batch = batch.to(policy.device)
-    scored = policy.forward(batch)
-    pairs = pair_logps(batch, scored.logps)
-    losses = preference_loss(pairs, config)
-    loss = losses.sum()
-    if scored.router_loss is not None:
-        # It is a mean over the pack's tokens, and counts as the pack's pairs do.
-        loss = loss + batch.num_pairs * scored.router_loss
-    return loss, pair_metrics(pairs, losses, config.beta)
-
-
-def backward(policy: Policy, batch: PackedBatch, config: DPOConfig, num_pairs: int) -> Tensor:
-    """Add a pack's share of the gradient of the mean loss over a step of `num_pairs` pairs; returns its metrics."""
-    loss, metrics = loss_and_metrics(policy, batch, config)
-    (loss / num_pairs).backward()
-    return metrics
 
 
 def is_due(step: int, every: int | None) -> bool:

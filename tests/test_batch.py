@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from oracle import random_groups
+from trl_oracle import trl_token_loss
 
-from dpo_fast.batch import Group, pack, pair_logps
+from dpo_fast.batch import Group, Ranking, pack, pair_logps
+from dpo_fast.config import LossConfig
+from dpo_fast.objective import preference_loss
 
 
 def ids(*values):
@@ -37,7 +41,7 @@ def test_an_answer_without_a_prompt_does_not_score_its_first_token():
 
 
 def test_pairs_of_a_larger_group_share_their_answers():
-    group = Group(3, ids(1), (ids(2), ids(3), ids(4)), pairs=((2, 0), (0, 1)))
+    group = Group(3, ids(1), (ids(2), ids(3), ids(4)), Ranking(((2, 0), (0, 1))))
     reference = [tuple(np.array([v], dtype=np.float32) for v in (-1.0, -2.0, -3.0))]
     batch = pack([group], reference)
     pairs = pair_logps(batch, torch.tensor([-0.5, -0.25, -0.125]))
@@ -51,3 +55,45 @@ def test_reference_of_another_length_is_refused():
     group = Group(0, ids(1), (ids(2, 3), ids(4)))
     with pytest.raises(AssertionError, match="one reference log-prob"):
         pack([group], [(np.zeros(1, np.float32), np.zeros(1, np.float32))])
+
+
+@pytest.mark.parametrize("options", [{"ld_alpha": 0.3}, {"ld_alpha": 0.0}, {"use_weighting": True}], ids=str)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "nca_pair"])
+def test_length_desensitised_and_weighted_losses_are_trls(options, loss_type):
+    """LD-DPO and WPO read tokens, so TRL gets the very tokens that the pack has."""
+    config = LossConfig(loss_type=loss_type, **options)
+    groups = random_groups(5, seed=2)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([[len(a) for a in group.answers] for group in groups])
+    num = int(lengths.sum())
+    logps, ref = (-3 * torch.rand(num, generator=generator) for _ in range(2))
+    log_sum_p2 = -torch.rand(num, generator=generator)
+    parts = iter(ref.split(lengths.flatten().tolist()))
+    batch = pack(groups, [tuple(next(parts).numpy() for _ in group.answers) for group in groups])
+
+    def padded(tokens):
+        answers = tokens.split(lengths.flatten().tolist())
+        return torch.nn.utils.rnn.pad_sequence(answers[0::2] + answers[1::2], batch_first=True)
+
+    tail = 1.0 if config.ld_alpha is None else config.ld_alpha
+    shared = lengths.min(1).values.repeat(2)
+    ref_sums = [(r[:s].sum() + tail * r[s:].sum()) for r, s in zip(padded(ref), shared, strict=True)]
+    want = trl_token_loss(
+        padded(logps),
+        lengths.T.flatten(),
+        *torch.stack(ref_sums).chunk(2),
+        config,
+        log_sum_sq=padded(log_sum_p2),
+    )
+    pairs = pair_logps(batch, logps, ld_alpha=config.ld_alpha, log_sum_p2=log_sum_p2 if config.use_weighting else None)
+    torch.testing.assert_close(preference_loss(pairs, config).mean(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_an_answer_in_two_pairs_is_cut_at_each_partners_length():
+    group = Group(0, ids(1), (ids(2, 3, 4), ids(5), ids(6, 7)), Ranking(((0, 1), (2, 0))))
+    logps = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], requires_grad=True)
+    pairs = pair_logps(pack([group]), logps, ld_alpha=0.5)
+    assert pairs.chosen.tolist() == [1 + 0.5 * (2 + 4), 48]
+    assert pairs.rejected.tolist() == [8, 1 + 2 + 0.5 * 4]
+    (pairs.chosen.sum() + pairs.rejected.sum()).backward()
+    assert logps.grad.tolist() == [2, 1.5, 1, 1, 1, 1]

@@ -93,7 +93,7 @@ def test_dashes_underscores_and_flags_are_normalized():
         ("train --model ./nowhere --data rows.jsonl", "--model ./nowhere: no such folder"),
         ("train --model model --data missing.jsonl", "--data missing.jsonl: no such file"),
         ("train --model model --data rows.jsonl --strict", "rows.jsonl, line 3: both answers are the same"),
-        ("train --model model --data rows.jsonl --loss_type dpo", "--loss_type dpo: unknown; choose one of apo_down"),
+        ("train --model model --data rows.jsonl --loss_type dpo", "--loss_type dpo: unknown; choose one of alphapo"),
         ("train --model model --data rows.jsonl --device cuda", "--device cuda"),
         ("score --model model --data rows.jsonl", "no output given: pass --out"),
         ("score --model model --data rows.jsonl --out s.jsonl --reference_store rows.jsonl", "--reference_store"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracle import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from dpo_fast.batch import pack
 from dpo_fast.config import DataConfig, UserError
 from dpo_fast.data import load_groups
 from dpo_fast.data.formats import choose_pairs, to_preference
@@ -520,3 +521,51 @@ def test_each_response_is_kept_once_however_many_pairs_it_is_in(tmp_path):
     (best,), _ = load_groups(DataConfig(data=str(path)), tokenizer)
     assert [tokenizer.decode(answer) for answer in best.answers] == [" Paris<eos>", " Rome<eos>"]
     assert best.pairs == ((0, 1),)
+
+
+def test_scores_weights_and_gold_answers_reach_the_pack(tmp_path):
+    """A group's ranking follows its answers when some are dropped, and is what the pack holds."""
+    rows = [
+        {"prompt": "Name a city.", "responses": [" Rome", " Paris", " Oslo"], "scores": [1, 3.5, 1], "w": 0.5},
+        {"prompt": "Name a town.", "responses": [" C", " A", " B"], "scores": [2, 1, 4], "w": 2},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row | {"best": " Cairo"}) + "\n" for row in rows))
+    config = DataConfig(data=str(path), pairs="adjacent", min_score_gap=1.5, weight_column="w", gold_column="best")
+    tokenizer = tiny_tokenizer()
+    groups, _ = load_groups(config, tokenizer)
+    texts = [[tokenizer.decode(answer) for answer in group.answers] for group in groups]
+    assert texts == [[" Rome<eos>", " Paris<eos>", " Cairo<eos>"], [" C<eos>", " B<eos>", " Cairo<eos>"]]
+    batch = pack(groups)
+    assert batch.weights.tolist() == [0.5, 2]
+    assert batch.score_gaps.tolist() == [2.5, 2]
+    assert (batch.chosen.tolist(), batch.rejected.tolist(), batch.gold.tolist()) == ([1, 4], [0, 3], [2, 5])
+    plain, _ = load_groups(DataConfig(data=str(path)), tokenizer)
+    assert pack(plain).weights is None
+    assert pack(plain).gold is None
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("weight", -1, "field 'weight': expected 0 or above, found -1"),
+        ("weight", "high", "field 'weight': expected a finite number, found 'high'"),
+        ("margin", True, "field 'margin': expected a finite number, found True"),
+        ("margin", float("nan"), "field 'margin': expected a finite number, found nan"),
+        ("gold", None, "field 'gold' is missing"),
+        ("gold", "", "field 'gold' is an empty string"),
+    ],
+)
+def test_columns_of_a_wrong_kind_are_named(tmp_path, column, value, message):
+    row = {"prompt": "a", "chosen": " b", "rejected": " c", column: value}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        load_groups(DataConfig(data=str(path), **{f"{column}_column": column}), tiny_tokenizer())
+
+
+def test_a_margin_is_the_gap(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": " b", "rejected": " c", "margin": 2.25}) + "\n")
+    groups, _ = load_groups(DataConfig(data=str(path), margin_column="margin"), tiny_tokenizer())
+    assert pack(groups).score_gaps.tolist() == [2.25]

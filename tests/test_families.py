@@ -7,7 +7,7 @@ import torch
 import transformers
 from oracle import random_groups
 
-from dpo_fast.batch import Group, pack
+from dpo_fast.batch import Group, Ranking, pack
 from dpo_fast.guards import check_packed_forward
 from dpo_fast.model import Policy, use_own_attention, use_packed_attention
 
@@ -168,7 +168,7 @@ def test_router_loss_is_the_models_own(family_name):
     model = make(family_name, settings)
     # One prompt with one answer is one sequence, so the model's own statistics are over the same tokens.
     (group,) = random_groups(1, seed=4, num_answers=1)
-    group = Group(0, group.prompt_ids, group.answers, pairs=())
+    group = Group(0, group.prompt_ids, group.answers, Ranking(pairs=()))
     ids = torch.tensor([[*group.prompt_ids, *group.answers[0]]])
     want = 0.3 * model(input_ids=ids, output_router_logits=True, use_cache=False).aux_loss
     policy = as_policy(model)

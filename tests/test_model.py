@@ -6,12 +6,13 @@ import pytest
 import torch
 from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
 
-from dpo_fast.batch import Group, pack, pair_logps
+from dpo_fast.batch import Group, Ranking, pack, pair_logps
 from dpo_fast.config import DPOConfig, ModelConfig, UserError
 from dpo_fast.guards import check_packed_forward
-from dpo_fast.losses import preference_loss
 from dpo_fast.model import Policy, load_tokenizer, use_packed_attention
-from dpo_fast.trainer import PairSet, backward
+from dpo_fast.objective import preference_loss
+from dpo_fast.step import backward
+from dpo_fast.trainer import PairSet
 
 BETA = 0.3
 
@@ -103,7 +104,7 @@ def test_all_pairs_of_a_group_are_those_of_groups_of_two():
     """Three answers in one group, three pairs, against three groups of two answers: equal loss and gradient."""
     (three,) = random_groups(1, seed=4, num_answers=3)
     pairs = ((0, 1), (2, 0), (2, 1))
-    together = Group(0, three.prompt_ids, three.answers, pairs)
+    together = Group(0, three.prompt_ids, three.answers, Ranking(pairs))
     apart = [Group(0, three.prompt_ids, (three.answers[a], three.answers[b])) for a, b in pairs]
     found = []
     for groups in ([together], apart):

@@ -134,10 +134,13 @@ def test_loss_of_step_0_is_checked(config, monkeypatch):
     """A forward that is not the reference's (noise in training mode alone) is found at the first step."""
     from dpo_fast.model import Policy
 
-    exact = Policy.head_logps
-    monkeypatch.setattr(
-        Policy, "head_logps", lambda self, *args: exact(self, *args) + 0.1 * self.model.training * args[1]
-    )
+    exact = Policy._head
+
+    def noisy(self, rows, targets, **options):
+        logps, stats = exact(self, rows, targets, **options)
+        return logps + 0.1 * self.model.training * targets, stats
+
+    monkeypatch.setattr(Policy, "_head", noisy)
     with pytest.raises(TrainingError, match="step 0 is not at the reference"):
         train(config(), console=QUIET)
 
@@ -272,7 +275,7 @@ def test_dry_run_reads_the_data_and_stops(config, tmp_path):
     ("changes", "message"),
     [
         ({"data": ""}, "pass --data"),
-        ({"loss_type": "sigmoids"}, "choose one of apo_down"),
+        ({"loss_type": "sigmoids"}, "choose one of alphapo, aot"),
         ({"beta": 0.0}, "--beta 0.0"),
         ({"eval_split": 1.0}, "--eval_split"),
         ({"lr_scheduler_type": "sideways"}, "--lr_scheduler_type sideways"),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any, TypeVar
 
+from dpo_fast.batch import Ranking
 from dpo_fast.config import DataConfig, PairChoice
 from dpo_fast.data.report import RowError
 
@@ -36,14 +37,14 @@ class Preference:
 
     Attributes:
         prompt: None where the prompt is what all answers begin with.
-        answers: two or more, none empty, each in a pair.
-        pairs: (chosen, rejected) indices into `answers`; the two of a pair differ.
+        answers: two or more, none empty.
+        ranking: of the answers; the two of a pair differ.
         tools: for the chat template.
     """
 
     prompt: Text | None
     answers: tuple[Text, ...]
-    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+    ranking: Ranking
     tools: list[Any] | None = None
 
     @property
@@ -61,12 +62,7 @@ def to_preference(row: Any, config: DataConfig, *, has_chat_template: bool) -> P
     if not isinstance(row, dict):
         raise RowError("wrong_type", f"expected an object with fields, found {type(row).__name__}")
     prompt = row.get(config.prompt_column)
-    if row.get(config.chosen_column) is None and row.get(config.responses_column) is not None:
-        values, pairs = _scored(row, config)
-        names = [config.responses_column] * len(values)
-    else:
-        names = [config.chosen_column, config.rejected_column]
-        values, pairs = [_field(row, name) for name in names], [(0, 1)]
+    names, values, ranking = _answers(row, config)
     if prompt is None and row.get("conversations") is not None:
         prompt = row["conversations"]
     if prompt is None and _are_transcripts(values):
@@ -79,18 +75,45 @@ def to_preference(row: Any, config: DataConfig, *, has_chat_template: bool) -> P
     if config.apply_chat_template and isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
         prompt = [{"role": "user", "content": prompt}]
         answers = [[{"role": "assistant", "content": answer}] for answer in answers]
-    pairs = [(chosen, rejected) for chosen, rejected in pairs if answers[chosen] != answers[rejected]]
-    if not pairs:
+    answers, ranking = only_different(answers, ranking)
+    if not ranking.pairs:
         raise RowError("identical_answers", "")
-    kept, pairs = only_paired(answers, pairs)
-    return Preference(prompt, tuple(kept), tuple(pairs), tools or None)
+    return Preference(prompt, tuple(answers), ranking, tools or None)
 
 
-def only_paired(answers: Sequence[T], pairs: Sequence[tuple[int, int]]) -> tuple[list[T], list[tuple[int, int]]]:
-    """The answers that are in a pair, and the pairs' new indices."""
-    used = sorted({i for pair in pairs for i in pair})
-    place = {i: k for k, i in enumerate(used)}
-    return [answers[i] for i in used], [(place[chosen], place[rejected]) for chosen, rejected in pairs]
+def only_different(answers: Sequence[T], ranking: Ranking) -> tuple[list[T], Ranking]:
+    """The pairs whose answers differ, and the answers that are in them or gold."""
+    used, ranking = ranking.keep([pair for pair in ranking.pairs if answers[pair[0]] != answers[pair[1]]])
+    return [answers[i] for i in used], ranking
+
+
+def _answers(row: dict[str, Any], config: DataConfig) -> tuple[list[str], list[Any], Ranking]:
+    """The fields' names, their values, and how they compare."""
+    scores: Sequence[float] | None = None
+    if row.get(config.chosen_column) is None and row.get(config.responses_column) is not None:
+        values, scores, pairs = _scored(row, config)
+        names = [config.responses_column] * len(values)
+    else:
+        names = [config.chosen_column, config.rejected_column]
+        values, pairs = [_field(row, name) for name in names], [(0, 1)]
+        if config.margin_column is not None:
+            scores = [_number(row, config.margin_column), 0.0]
+    gold = None
+    if config.gold_column is not None:
+        gold = len(values)
+        names, values = [*names, config.gold_column], [*values, _field(row, config.gold_column)]
+        scores = None if scores is None else [*scores, math.nan]
+    weight = 1.0 if config.weight_column is None else _number(row, config.weight_column)
+    if weight < 0:
+        raise RowError("wrong_type", f"field {config.weight_column!r}: expected 0 or above, found {weight:g}")
+    return names, values, Ranking(tuple(pairs), None if scores is None else tuple(map(float, scores)), gold, weight)
+
+
+def _number(row: dict[str, Any], name: str) -> float:
+    value = _field(row, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError("wrong_type", f"field {name!r}: expected a finite number, found {value!r:.40}")
+    return float(value)
 
 
 def _field(row: dict[str, Any], name: str) -> Any:
@@ -103,7 +126,7 @@ def _field(row: dict[str, Any], name: str) -> Any:
     return row[name]
 
 
-def _scored(row: dict[str, Any], config: DataConfig) -> tuple[list[Any], list[tuple[int, int]]]:
+def _scored(row: dict[str, Any], config: DataConfig) -> tuple[list[Any], list[float], list[tuple[int, int]]]:
     responses, scores = row[config.responses_column], _field(row, config.scores_column)
     if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
         raise RowError(
@@ -116,7 +139,7 @@ def _scored(row: dict[str, Any], config: DataConfig) -> tuple[list[Any], list[tu
     pairs = choose_pairs(scores, config.pairs, config.min_score_gap)
     if not pairs:
         raise RowError("tied_scores", "")
-    return responses, pairs
+    return responses, scores, pairs
 
 
 def choose_pairs(scores: Sequence[float], which: PairChoice, min_gap: float) -> list[tuple[int, int]]:

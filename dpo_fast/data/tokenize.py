@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_fast.batch import Group
+from dpo_fast.batch import Group, Ranking
 from dpo_fast.config import DataConfig, UserError
-from dpo_fast.data.formats import Message, Preference, Text, only_paired
+from dpo_fast.data.formats import Message, Preference, Text, only_different
 from dpo_fast.data.report import RowError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Tokens:
 
     prompt: list[int]
     answers: list[list[int]]
-    pairs: Sequence[tuple[int, int]]
+    ranking: Ranking
     changes: list[str] = field(default_factory=list)
 
 
@@ -119,8 +119,8 @@ class Tokenizing:
         changes = [change for whole in wholes for change in self._end(whole, chat=preference.is_chat)]
         beginnings = wholes if prompt is None else [prompt, *wholes]
         boundary = min(common_prefix(beginnings[0], other) for other in beginnings[1:])
-        answers, pairs = _that_differ(wholes, preference.pairs)
-        if not pairs:
+        answers, ranking = only_different(wholes, preference.ranking)
+        if not ranking.pairs:
             return RowError("identical_answers", "the answers are the same tokens")
         if prompt is not None and boundary < len(prompt):
             changes.append("boundary_moved")
@@ -129,7 +129,7 @@ class Tokenizing:
             return RowError("empty_answer", "an answer has no token of its own")
         if boundary == 0:
             changes.append("no_prompt_token")
-        return Tokens(wholes[0][:boundary], answers, pairs, list(dict.fromkeys(changes)))
+        return Tokens(wholes[0][:boundary], answers, ranking, list(dict.fromkeys(changes)))
 
     def _end(self, ids: list[int], *, chat: bool) -> list[str]:
         """End a sequence with an end token, once; returns the changes worth counting."""
@@ -156,7 +156,7 @@ def truncate(tokens: Tokens, row: int, config: DataConfig, bos: int | None) -> t
     Raises:
         RowError: nothing worth training on is left.
     """
-    prompt, answers, pairs = tokens.prompt, tokens.answers, tokens.pairs
+    prompt, answers, ranking = tokens.prompt, tokens.answers, tokens.ranking
     changes = list(tokens.changes)
     longest = max(map(len, answers))
     limit = config.max_length
@@ -173,18 +173,11 @@ def truncate(tokens: Tokens, row: int, config: DataConfig, bos: int | None) -> t
         cut = [answer[: limit - len(prompt)] for answer in answers]
         if cut != answers:
             changes.append("truncated")
-        answers, pairs = _that_differ(cut, pairs)
-        if not pairs:
+        answers, ranking = only_different(cut, ranking)
+        if not ranking.pairs:
             raise RowError("identical_after_truncation", f"--max_length is {limit}")
     arrays = tuple(np.array(answer, dtype=np.int32) for answer in answers)
-    return Group(row, np.array(prompt, dtype=np.int32), arrays, tuple(pairs)), changes
-
-
-def _that_differ(
-    answers: list[list[int]], pairs: Sequence[tuple[int, int]]
-) -> tuple[list[list[int]], Sequence[tuple[int, int]]]:
-    """The pairs whose answers are not the same tokens, and the answers that are in them."""
-    return only_paired(answers, [pair for pair in pairs if answers[pair[0]] != answers[pair[1]]])
+    return Group(row, np.array(prompt, dtype=np.int32), arrays, ranking), changes
 
 
 def _keep_end(prompt: list[int], room: int, bos: int | None) -> list[int]:
