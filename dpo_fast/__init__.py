@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
-    from dpo_fast.fused_loss import FusedLinearDPOLoss
+    from dpo_fast.fused_kto import FusedLinearKTOLoss
+    from dpo_fast.fused_loss import FusedLinearCPOLoss, FusedLinearDPOLoss, FusedLinearORPOLoss, FusedLinearSimPOLoss
     from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
     from dpo_fast.kernels.logprob import logprob, sequence_logprob
     from dpo_fast.kernels.segment_sum import segment_mean, segment_sum
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DPOConfig",
+    "FusedLinearCPOLoss",
     "FusedLinearDPOLoss",
+    "FusedLinearKTOLoss",
+    "FusedLinearORPOLoss",
+    "FusedLinearSimPOLoss",
     "TrainResult",
     "linear_logprob",
     "linear_logprob_with_stats",
@@ -32,6 +37,10 @@ __all__ = [
 _HOME = {
     "DPOConfig": "config",
     "FusedLinearDPOLoss": "fused_loss",
+    "FusedLinearSimPOLoss": "fused_loss",
+    "FusedLinearORPOLoss": "fused_loss",
+    "FusedLinearKTOLoss": "fused_kto",
+    "FusedLinearCPOLoss": "fused_loss",
     "TrainResult": "trainer",
     "linear_logprob": "kernels.linear_logprob",
     "linear_logprob_with_stats": "kernels.linear_logprob",

@@ -207,9 +207,13 @@ def kto(pairs: PairLogps, config: LossConfig) -> Tensor:
     """
     chosen, rejected = pairs.chosen_logratio, pairs.rejected_logratio
     chosen_kl, rejected_kl = (x.detach().mean().clamp(min=0) for x in (chosen, rejected))
-    desirable = torch.sigmoid(-config.beta * (chosen - rejected_kl))
-    undesirable = torch.sigmoid(-config.beta * (chosen_kl - rejected))
-    return config.desirable_weight * desirable + config.undesirable_weight * undesirable
+    desirable = kto_term(config.beta, chosen - rejected_kl)
+    return config.desirable_weight * desirable + config.undesirable_weight * kto_term(config.beta, chosen_kl - rejected)
+
+
+def kto_term(beta: float, gain: Tensor) -> Tensor:
+    """1 - sigmoid(beta · gain), KTO's loss of one answer; gain is r - z for a desirable one, z - r for another."""
+    return torch.sigmoid(-beta * gain)
 
 
 def sft(pairs: PairLogps, config: LossConfig) -> Tensor:
@@ -263,9 +267,18 @@ def orpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     ORPO, Hong et al. 2024 (arXiv 2403.07691), eq. 6 and 7; beta is the paper's λ. Lengths; no reference. The first term
     is `sft`, averaged as there.
     """
+    return sft(pairs, config) + odds_ratio(pairs, config)
+
+
+def odds_ratio(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """The second term of `orpo`, ORPO's eq. 7 times beta. Lengths; no reference."""
+    return -config.beta * F.logsigmoid(log_odds_ratio(pairs))
+
+
+def log_odds_ratio(pairs: PairLogps) -> Tensor:
+    """(P,) log odds(p_w) - log odds(p_l), p = pi(y)^(1/|y|)."""
     chosen, rejected = pairs.chosen_mean, pairs.rejected_mean
-    log_odds = chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
-    return sft(pairs, config) - config.beta * F.logsigmoid(log_odds)
+    return chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -294,6 +307,6 @@ LOSSES: dict[str, Loss] = {
     for loss in (
         *(sigmoid, cdpo, robust, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, bco_pair, bco, sppo_hard),
         *(apo_zero, apo_down, discopop, dpop, odpo, rpo, aot, aot_unpaired, kto),
-        *(sft, cpo, slic, simpo, alphapo, orpo, tpo),
+        *(sft, cpo, slic, simpo, alphapo, orpo, odds_ratio, tpo),
     )
 }

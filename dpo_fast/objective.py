@@ -16,7 +16,7 @@ from dpo_fast.losses import LOSSES, Loss
 from dpo_fast.pairs import DIVERGENCES, PairLogps
 
 # No reference enters these, and none is scored where a run names no other loss.
-REFERENCE_FREE = frozenset({"sft", "cpo", "slic", "simpo", "alphapo", "orpo", "tpo"})
+REFERENCE_FREE = frozenset({"sft", "cpo", "slic", "simpo", "alphapo", "orpo", "odds_ratio", "tpo"})
 # These compare the pairs of a pack with each other; the last sort them, so that weights have no pair to belong to.
 SORTING = frozenset({"aot", "aot_unpaired"})
 OF_SCORES = frozenset({"odpo", "rpo"})

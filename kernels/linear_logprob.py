@@ -87,9 +87,10 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target = ctx.saved_tensors
         head = ctx.call.head(hidden, weight, bias)
-        gradients = ctx.call.module.backward(
-            head, hidden, target, ctx.state, grad, ctx.needs_input_grad[:3], ctx.main_grad
-        )
+        with torch.autocast(hidden.device.type, enabled=False):  # a backward may be called inside of one
+            gradients = ctx.call.module.backward(
+                head, hidden, target, ctx.state, grad, ctx.needs_input_grad[:3], ctx.main_grad
+            )
         return *gradients, None, None, None
 
 
@@ -144,6 +145,8 @@ def linear_logprob(
         main_grad: (V, D) in fp32 (fp64 if `hidden` is) that the backward adds dW to, for those who keep gradients
             themselves or tie the head to the embeddings; `weight`, which must ask for a gradient, then gets none here.
 
+    Under autocast the inputs are taken in its dtype, as by a matrix product.
+
     Returns:
         (N,) natural-log probabilities in fp32 (fp64 if `hidden` is), differentiable once in `hidden`, `weight` and
         `bias`, whose gradients have their own dtypes; sums over rows are made in fp32. Where nothing needs a gradient
@@ -191,6 +194,24 @@ def _linear_logprob(
 ) -> tuple[Tensor, ...]:
     """Log-probs and, if they are wanted, the figures of `TokenStats`."""
     _check(hidden, weight, target, bias, softcap, temperature)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        # As autocast has it for a matrix product: inputs in its dtype. What is inside keeps the dtypes it asks for.
+        cast = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
+        with torch.autocast(device, enabled=False):
+            return _linear_logprob(
+                hidden,
+                weight,
+                target,
+                bias,
+                softcap,
+                temperature,
+                backend,
+                memory_budget,
+                main_grad,
+                want_stats=want_stats,
+            )
     _check_main_grad(hidden, weight, main_grad)
     call = _Call(softcap, 1 / temperature, memory_budget, choose_backend(backend, hidden), want_stats)
     rows = _live_rows(target, weight.shape[0])

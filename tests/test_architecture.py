@@ -16,6 +16,7 @@ FLOORS = [
     {"losses"},
     {"objective"},
     {"fused_loss"},
+    {"fused_kto"},
     {"batch"},
     {"data"},
     {"model", "reference", "checkpoint", "optim", "metrics", "progress", "plots"},

@@ -164,6 +164,7 @@ def formula(name, k, rows, c):
         "slic": lambda: max(0.0, 1 - beta * (w - l)),
         "simpo": lambda: smooth(beta * (w / nw - l / nl) - c.simpo_gamma),
         "alphapo": lambda: smooth(beta * (alpha_reward(w / nw) - alpha_reward(l / nl)) - c.simpo_gamma),
+        "odds_ratio": lambda: -beta * logsig(log_odds(w / nw) - log_odds(l / nl)),
         "orpo": lambda: -w / nw - beta * logsig(log_odds(w / nw) - log_odds(l / nl)),
         "tpo": lambda: -logsig(beta * (w - l)) - c.tpo_alpha * gold / ng,
     }[name]()
