@@ -1,14 +1,11 @@
 """CPO, SimPO, ORPO and KTO modules against Liger's; and what training loops do around all of them."""
 
-import os
-from datetime import timedelta
-
 import liger_kernel.chunked_loss as liger
 import pytest
 import torch
 import torch.multiprocessing as mp
 from test_fused_loss import make, run
-from torch import nn
+from two_ranks import Tiny, batch_of, gradients
 
 import dpo_fast
 from dpo_fast import FusedLinearDPOLoss, FusedLinearKTOLoss, FusedLinearORPOLoss
@@ -125,66 +122,12 @@ def test_autocast_takes_its_dtype_and_returns_fp32():
         assert (grad - true).norm() < 0.02 * true.norm()
 
 
-class Tiny(nn.Module):
-    """An embedding, a layer and a head, with the loss inside: what wrappers wrap."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.layer, self.head = nn.Embedding(37, 8), nn.Linear(8, 8), nn.Linear(8, 37)
-        self.loss = FusedLinearDPOLoss(use_ref_model=False, beta=0.5)
-
-    def forward(self, ids):
-        hidden = self.layer(self.embed(ids[:, :-1])).tanh()
-        return self.loss(self.head.weight, hidden, ids[:, 1:], self.head.bias)[0]
-
-
-def batch_of(rank):
-    """Two pairs, chosen first."""
-    return torch.randint(0, 37, (4, 9), generator=torch.Generator().manual_seed(rank))
-
-
-def train_sharded(rank, port, wrapper, results):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    model = Tiny()
-    if wrapper == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,))) if wrapper == "fsdp2" else model
-        if wrapper == "fsdp2, head apart":
-            # The head's own unit is never run as a module here, so that the loss meets its shards.
-            mesh = init_device_mesh("cpu", (2,))
-            for part in (model.head, model.layer, model.embed):
-                fully_shard(part, mesh=mesh)
-    wrapped(batch_of(rank)).backward()
-    grads = {
-        name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
-        for name, p in model.named_parameters()
-    }
-    if rank == 0:
-        torch.save(grads, results)
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2, head apart"])
-def test_two_ranks_average_their_gradients(wrapper, tmp_path, free_port):
+def test_two_ranks_average_their_gradients(wrapper, tmp_path):
     """Against one process and the mean of both ranks' losses."""
-    mp.spawn(train_sharded, (free_port, wrapper, tmp_path / "grads.pt"), nprocs=2)
+    mp.spawn(gradients, (2, wrapper, tmp_path), nprocs=2)
     model = Tiny()
     (sum(model(batch_of(rank)) for rank in range(2)) / 2).backward()
     found = torch.load(tmp_path / "grads.pt")
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture
-def free_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
