@@ -225,6 +225,14 @@ def sft(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -pairs.chosen_mean
 
 
+def sft_tokens(pairs: PairLogps, config: LossConfig) -> Tensor:
+    """-Σ log pi(w|x) / Σ |w| over the batch, the same for each of its pairs: TRL's convention of `sft`.
+
+    Batch; lengths; no reference.
+    """
+    return (-pairs.chosen.sum() / pairs.chosen_len.sum().clamp(min=1)).expand_as(pairs.chosen)
+
+
 def cpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on log pi(w) - log pi(l).
 
@@ -307,6 +315,6 @@ LOSSES: dict[str, Loss] = {
     for loss in (
         *(sigmoid, cdpo, robust, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, bco_pair, bco, sppo_hard),
         *(apo_zero, apo_down, discopop, dpop, odpo, rpo, aot, aot_unpaired, kto),
-        *(sft, cpo, slic, simpo, alphapo, orpo, odds_ratio, tpo),
+        *(sft, sft_tokens, cpo, slic, simpo, alphapo, orpo, odds_ratio, tpo),
     )
 }

@@ -160,7 +160,8 @@ class Scored:
 
     Attributes:
         logps: (N,) fp32 log-probs of the targets.
-        router_loss: load-balancing loss of a mixture of experts, to be added to a mean loss; None for other models.
+        router_loss: load-balancing loss of a mixture of experts times its coefficient, to be added to a mean loss; None
+            for other models.
         stats: (N,) figures of each target's distribution, where they were asked for.
     """
 
@@ -190,6 +191,9 @@ class Policy:
         self.memory_budget = memory_budget
         self.shares_prompts = True
         self.is_compiled = False
+        # As in transformers, a mixture of experts is balanced where its configuration says so; 0 does not balance it.
+        balanced = getattr(model.config, "output_router_logits", False)
+        self.router_loss_coef: float = getattr(model.config, "router_aux_loss_coef", 0.0) if balanced else 0.0
 
     @classmethod
     def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
@@ -209,6 +213,11 @@ class Policy:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
         return torch.bfloat16 if self.bf16 else self.model.dtype
+
+    @property
+    def reads_packs(self) -> bool:
+        """Whether the model is set to packed attention at the moment."""
+        return bool(self.model.config._attn_implementation == PACKED_ATTENTION)
 
     @property
     def numerics(self) -> str:
@@ -257,24 +266,19 @@ class Policy:
         return _Decoded(torch.cat([part.rows for part in parts]), tuple(torch.cat(layer) for layer in routers))
 
     def _decode(self, ids: Tensor, **arguments: Any) -> _Decoded:
-        if self._has_router_loss:
+        if self.router_loss_coef:
             arguments["output_router_logits"] = True
         with self.autocast():
             outputs = self.model.get_decoder()(input_ids=ids[None], use_cache=False, **arguments)
         return _Decoded(outputs.last_hidden_state[0], tuple(getattr(outputs, "router_logits", None) or ()))
 
-    @property
-    def _has_router_loss(self) -> bool:
-        """As in transformers and TRL, a mixture of experts is balanced where its configuration says so."""
-        return bool(getattr(self.model.config, "output_router_logits", False))
-
     def _router_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor | None:
         """The load-balancing loss of the model's own class, times its coefficient; None where there is none."""
-        if not self._has_router_loss or not router_logits or not torch.is_grad_enabled():
+        if not self.router_loss_coef or not router_logits:
             return None
         balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
         loss = balance(router_logits, self.model.num_experts, self.model.num_experts_per_tok)
-        return self.model.router_aux_loss_coef * loss
+        return self.router_loss_coef * loss
 
     def _head(self, rows: Tensor, targets: Tensor, *, want_stats: bool) -> tuple[Tensor, TokenStats | None]:
         """Log-probs of `targets` (N,) under the LM head, from the hidden states `rows` (N, D) one position earlier."""

@@ -16,14 +16,27 @@ from dpo_fast.losses import LOSSES, Loss
 from dpo_fast.pairs import DIVERGENCES, PairLogps
 
 # No reference enters these, and none is scored where a run names no other loss.
-REFERENCE_FREE = frozenset({"sft", "cpo", "slic", "simpo", "alphapo", "orpo", "odds_ratio", "tpo"})
+REFERENCE_FREE = frozenset({"sft", "sft_tokens", "cpo", "slic", "simpo", "alphapo", "orpo", "odds_ratio", "tpo"})
 # These compare the pairs of a pack with each other; the last sort them, so that weights have no pair to belong to.
 SORTING = frozenset({"aot", "aot_unpaired"})
 OF_SCORES = frozenset({"odpo", "rpo"})
 OF_GOLD = frozenset({"tpo"})
 # Only in a difference of two scores does the partition function of f-DPO cancel.
 OF_DIVERGENCE = frozenset(
-    {"sigmoid", "cdpo", "robust", "hinge", "ipo", "ipo_sum", "sigmoid_norm", "exo_pair", "discopop", "dpop", "sft"}
+    {
+        "sigmoid",
+        "cdpo",
+        "robust",
+        "hinge",
+        "ipo",
+        "ipo_sum",
+        "sigmoid_norm",
+        "exo_pair",
+        "discopop",
+        "dpop",
+        "sft",
+        "sft_tokens",
+    }
     | OF_SCORES
 )
 # Squares of a distance of 1 / (2 beta): how much faster than beta Δ they move at the reference.

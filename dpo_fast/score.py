@@ -106,12 +106,12 @@ def reference_logps(
             fingerprint = model_fingerprint(policy.model, numerics=policy.numerics)
         reference = Reference(store, fingerprint)
         if policy is not None:
-            _fill(reference, policy, groups, packs, console)
+            fill_reference(reference, policy, groups, packs, console)
         found = dict(zip(wanted, reference.lookup([groups[i] for i in wanted]), strict=True))
     return [found.get(i, ()) for i in range(len(groups))], fingerprint
 
 
-def _fill(
+def fill_reference(
     reference: Reference, policy: Policy, groups: list[Group], packs: Sequence[Sequence[int]], console: Console
 ) -> None:
     """Check a few stored rows against the model, then score what is missing, pack by pack."""

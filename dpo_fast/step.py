@@ -11,21 +11,29 @@ from torch import Tensor
 from dpo_fast.batch import PackedBatch, pair_logps
 from dpo_fast.config import LossConfig
 from dpo_fast.metrics import pair_metrics
-from dpo_fast.model import Policy
+from dpo_fast.model import Policy, Scored
 from dpo_fast.objective import needs_reference, preference_loss
+from dpo_fast.pairs import PairLogps
+
+
+def pair_losses(
+    batch: PackedBatch, scored: Scored, config: LossConfig, reward_shift: Tensor | None = None
+) -> tuple[PairLogps, Tensor]:
+    """The pairs of a scored pack and their losses (P,); `reward_shift` is that of `bco`."""
+    assert batch.ref_logps is not None or not needs_reference(config), "this loss compares with a reference"
+    log_sum_p2 = None if scored.stats is None or not config.use_weighting else scored.stats.sum_p2.log()
+    pairs = pair_logps(batch, scored.logps, ld_alpha=config.ld_alpha, log_sum_p2=log_sum_p2)
+    pairs = replace(pairs, reward_shift=reward_shift)
+    return pairs, preference_loss(pairs, config)
 
 
 def loss_and_metrics(
     policy: Policy, batch: PackedBatch, config: LossConfig, reward_shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """A pack's summed loss, and its metrics as (len(PAIR_METRICS), P); `reward_shift` is that of `bco`."""
-    assert batch.ref_logps is not None or not needs_reference(config), "this loss compares with a reference"
     batch = batch.to(policy.device)
     scored = policy.forward(batch, want_stats=config.use_weighting)
-    log_sum_p2 = None if scored.stats is None else scored.stats.sum_p2.log()
-    pairs = pair_logps(batch, scored.logps, ld_alpha=config.ld_alpha, log_sum_p2=log_sum_p2)
-    pairs = replace(pairs, reward_shift=reward_shift)
-    losses = preference_loss(pairs, config)
+    pairs, losses = pair_losses(batch, scored, config, reward_shift)
     loss = losses.sum()
     if scored.router_loss is not None:
         # It is a mean over the pack's tokens, and counts as the pack's pairs do.

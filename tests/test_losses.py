@@ -160,6 +160,7 @@ def formula(name, k, rows, c):
         "aot_unpaired": lambda: smooth(beta * (ranked(won) - ranked(lost))),
         "kto": kto,
         "sft": lambda: -w / nw,
+        "sft_tokens": lambda: -sum(row[0] for row in rows) / sum(row[4] for row in rows),
         "cpo": lambda: smooth(beta * (w - l)),
         "slic": lambda: max(0.0, 1 - beta * (w - l)),
         "simpo": lambda: smooth(beta * (w / nw - l / nl) - c.simpo_gamma),
@@ -199,6 +200,9 @@ def test_loss_is_trls(name, config, divergence, pairs):
     for batch in batches if name == "sft" else [pairs, *batches]:
         got = preference_loss(batch, config).mean()
         torch.testing.assert_close(got, trl_loss(batch, config), rtol=1e-6, atol=1e-6)
+    if name == "sft":
+        got = preference_loss(pairs, replace(config, loss_type="sft_tokens")).mean()
+        torch.testing.assert_close(got, trl_loss(pairs, config), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +355,7 @@ def test_which_losses_depend_on_the_others_of_a_batch(pairs):
     for name in LOSSES:
         config = LossConfig(loss_type=name, label_smoothing=0.1)
         alone = torch.cat([preference_loss(rows_of(pairs, slice(i, i + 1)), config) for i in range(PAIRS)])
-        assert torch.equal(alone, preference_loss(pairs, config)) is (name not in SORTING | {"kto"}), name
+        assert torch.equal(alone, preference_loss(pairs, config)) is (name not in SORTING | {"kto", "sft_tokens"}), name
 
 
 def test_gradient_of_sigmoid_is_the_papers_weight(pairs):

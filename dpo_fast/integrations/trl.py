@@ -1,0 +1,252 @@
+"""TRL's DPOTrainer with packs, the fused head and the reference store inside.
+
+    from dpo_fast.integrations.trl import DPOTrainer
+
+takes the constructor and the `DPOConfig` of TRL 1.16 and keeps transformers' loop, callbacks, checkpoints and logs,
+with TRL's names. A micro-batch is one pack with each prompt once; the reference is read from the store and not kept as
+a model (but with `sync_ref_model`, whose reference moves). What cannot be done here raises and names the option;
+docs/drop_in.md goes through all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from rich.console import Console
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
+from trl.trainer.utils import use_adapter
+
+from dpo_fast.batch import Group, PackedBatch, pack
+from dpo_fast.data.packing import best_fit_decreasing
+from dpo_fast.guards import check_packed_forward
+from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures, num_unshared_tokens
+from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
+from dpo_fast.kernels.autotune import cache_dir
+from dpo_fast.model import Policy, Scored, use_own_attention, use_packed_attention
+from dpo_fast.reference import Reference, ReferenceStore, model_fingerprint
+from dpo_fast.score import fill_reference
+from dpo_fast.step import pair_losses
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+HEAD_MEMORY_BUDGET = 2 * 2**30
+
+
+def group_of(example: dict[str, Any], row: int, max_length: int | None) -> Group:
+    """TRL's tokens as a group, cut at the end as TRL's collator does.
+
+    Raises:
+        ValueError: an answer has no token.
+    """
+    room = None if max_length is None else max_length - len(example["prompt_ids"])
+    answers = tuple(np.array(example[name][:room], dtype=np.int32) for name in ("chosen_ids", "rejected_ids"))
+    if not all(map(len, answers)):
+        raise ValueError(f"row {row}: an answer is empty; leave the row out")
+    return Group(row, np.array(example["prompt_ids"], dtype=np.int32), answers)
+
+
+@dataclass
+class PackCollator:
+    """The examples of a micro-batch -> one pack, with reference log-probs where the examples have them."""
+
+    max_length: int | None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """`packed_batch`; and `input_ids` (1, T), by which transformers counts tokens."""
+        groups = [group_of(example, row, self.max_length) for row, example in enumerate(examples)]
+        references = None
+        if all(name in examples[0] for name in REFERENCE_COLUMNS):
+            references = [
+                tuple(np.array(example[name], dtype=np.float32) for name in REFERENCE_COLUMNS) for example in examples
+            ]
+        batch = pack(groups, references)
+        return {"packed_batch": batch, "input_ids": batch.input_ids[None]}
+
+
+class DPOTrainer(TRLTrainer):
+    """A drop-in for `trl.DPOTrainer`."""
+
+    model: Any
+    ref_model: Any
+    args: Any
+    train_dataset: Any
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        reference_store: str | Path | None = None,
+    ) -> None:
+        """TRL's arguments.
+
+        Args:
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+                callbacks, optimizers, quantization_config, peft_config: as in `trl.DPOTrainer`.
+            reference_store: SQLite file of reference log-probs; None is the file that `dpo-fast train` uses.
+
+        Raises:
+            NotImplementedError: an option that is not supported, by name.
+        """
+        args = args or DPOConfig("dpo")
+        given = {name: value for name, value in locals().items() if name not in ("self", "args", "__class__")}
+        refuse_unsupported(args, given)
+        del given["reference_store"]
+        self.loss_config = loss_config(args)
+        self._store = Path(reference_store) if reference_store else cache_dir() / "reference.sqlite"
+        self._fingerprint: str | None = None
+        self._policy: Policy | None = None
+        self._moving_reference: Policy | None = None
+        self._num_tokens = 0
+        self._figures = {"train": FigureWindow(), "eval": FigureWindow()}
+        super().__init__(args=with_stored_reference(args), **given)
+        self.data_collator = PackCollator(args.max_length)
+        if args.sync_ref_model:
+            self._moving_reference = self._make_policy(self.ref_model)
+        self._prepare_policy()
+
+    def _make_policy(self, model: Any) -> Policy:
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
+        bf16 = bool(self.args.bf16) and base.dtype is not torch.bfloat16
+        policy = Policy(base, device=self.accelerator.device, bf16=bf16, memory_budget=HEAD_MEMORY_BUDGET)
+        policy.router_loss_coef = 0.0
+        return policy
+
+    def _prepare_policy(self) -> Policy:
+        """The model as a `Policy`, checked once on a row; its forward then takes packs, so that wrappers see it run."""
+        if self._policy is not None:
+            return self._policy
+        if self._is_vlm:
+            raise NotImplementedError("processing_class: expected a tokenizer; there are no packs of images")
+        policy = self._make_policy(self.model)
+        plain_forward = self.model.forward
+
+        @functools.wraps(plain_forward)
+        def forward(*args: Any, packed_batch: PackedBatch | None = None, **kwargs: Any) -> Any:
+            if packed_batch is None:
+                return plain_forward(*args, **kwargs)
+            return policy.forward(packed_batch, want_stats=True)
+
+        self.model.forward = forward
+        samples = [self.train_dataset[i] for i in range(min(8, len(self.train_dataset)))]
+        with packed_attention(policy):
+            check_packed_forward(policy, [group_of(x, row, self.args.max_length) for row, x in enumerate(samples)])
+        if self.aux_loss_enabled:
+            policy.router_loss_coef = self.router_aux_loss_coef
+        self._policy = policy
+        return policy
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `Trainer.train`."""
+        with packed_attention(self._policy, self._moving_reference):
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's."""
+        with packed_attention(self._policy, self._moving_reference):
+            return super().evaluate(*args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """Add per-token reference log-probs to a tokenized dataset, from the store where it has them."""
+        if not isinstance(dataset, Dataset):
+            raise NotImplementedError(f"{name} dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+        groups = [group_of(example, row, self.args.max_length) for row, example in enumerate(dataset)]
+        was_training = self.model.training
+        with ReferenceStore(self._store) as store:
+            self._score_reference(store, groups, batch_size)
+            self.accelerator.wait_for_everyone()
+            assert self._fingerprint is not None
+            found = Reference(store, self._fingerprint).lookup(groups)
+        self.model.train(was_training)
+        dataset = dataset.remove_columns([column for column in REFERENCE_COLUMNS if column in dataset.column_names])
+        for side, column in enumerate(REFERENCE_COLUMNS):
+            dataset = dataset.add_column(column, _list_column([answers[side] for answers in found]))
+        return dataset
+
+    def _score_reference(self, store: ReferenceStore, groups: list[Group], batch_size: int) -> None:
+        """This process's share of what the store lacks."""
+        policy = self._prepare_policy()
+        adapter: AbstractContextManager[Any] = nullcontext()
+        if self.ref_model is not None:
+            policy = self._make_policy(self.ref_model)
+        elif hasattr(self.model, "peft_config"):
+            adapter = use_adapter(self.model, adapter_name="ref" if "ref" in self.model.peft_config else None)
+        own = range(self.accelerator.process_index, len(groups), self.accelerator.num_processes)
+        budget = batch_size * max(group.num_tokens for group in groups)
+        packs = [
+            [own[i] for i in members] for members in best_fit_decreasing([groups[i].num_tokens for i in own], budget)
+        ]
+        console = Console(quiet=not self.accelerator.is_main_process)
+        policy.model.eval()
+        with packed_attention(policy), adapter:
+            if self._fingerprint is None:
+                scored = self.model if self.ref_model is None else self.ref_model
+                self._fingerprint = model_fingerprint(scored, numerics=policy.numerics)
+            fill_reference(Reference(store, self._fingerprint), policy, groups, packs, console)
+        if self.ref_model is not None:
+            self.ref_model.to("cpu")  # until `evaluate` brings rows that were not scored
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if return_outputs:
+            raise NotImplementedError("predict: no logits are kept to return; use evaluate")
+        assert self._policy is not None
+        batch = inputs["packed_batch"].to(self.accelerator.device)
+        if self._moving_reference is not None:
+            with torch.no_grad():
+                batch = replace(batch, ref_logps=self._moving_reference.token_logps(batch))
+        scored: Scored = model(packed_batch=batch)
+        pairs, losses = pair_losses(batch, scored, self.loss_config)
+        loss = losses.mean()
+        if scored.router_loss is not None:
+            loss = loss + scored.router_loss
+        figures = micro_batch_figures(
+            batch, pairs, losses, scored, beta=self.loss_config.beta, router_loss_coef=self._policy.router_loss_coef
+        )
+        self._figures["train" if self.model.training else "eval"].add(figures)
+        self._num_tokens += num_unshared_tokens(batch) if self.model.training else 0
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add TRL's figures since the last report: the one place where the loop waits for the device."""
+        mode = "train" if self.model.training else "eval"
+        figures = self._figures[mode].read(lambda x: self.accelerator.reduce(x, "sum"), self._num_tokens)
+        self._metrics[mode].update({name: [value] for name, value in figures.items()})
+        super().log(logs, start_time)
+
+
+@contextmanager
+def packed_attention(*policies: Policy | None) -> Iterator[None]:
+    """The models read packs inside, and plain batches (generation, say) again outside."""
+    changed = [policy for policy in policies if policy and policy.shares_prompts and not policy.reads_packs]
+    for policy in changed:
+        use_packed_attention(policy.model)
+    try:
+        yield
+    finally:
+        for policy in changed:
+            use_own_attention(policy.model)
+
+
+def _list_column(arrays: Sequence[np.ndarray]) -> pa.Array:
+    """fp32 arrays of any lengths as a column, without a Python number for each."""
+    bounds = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+    return pa.LargeListArray.from_arrays(bounds, np.concatenate(arrays).astype(np.float32))

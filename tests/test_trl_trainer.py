@@ -1,0 +1,205 @@
+"""Our DPOTrainer against TRL 1.16's: the same steps, the same logs, the same files."""
+
+import peft
+import pytest
+import torch
+import torch.multiprocessing as mp
+from datasets import Dataset, DatasetDict
+from oracle import tiny_llama
+from transformers import MixtralConfig, MixtralForCausalLM
+from trl import DPOTrainer as TRLTrainer
+from trl_runs import IGNORED, ROWS, assert_same_logs, assert_same_run, make_trainer, train_on_rank, trl_args
+
+import dpo_fast.score
+from dpo_fast.integrations.trl import DPOTrainer
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in IGNORED]
+OPTIONS = {
+    "defaults": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "max_steps": 8},
+    "checkpointing": {"gradient_checkpointing": True},
+    "losses": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "ipo": {"loss_type": ["ipo"]},
+    "aot": {"loss_type": ["aot"], "label_smoothing": 0.1},
+    "divergence": {"f_divergence_type": "js_divergence", "label_smoothing": 0.1, "loss_type": ["robust"]},
+    "LD-DPO": {"ld_alpha": 0.5},
+    "WPO": {"use_weighting": True},
+    "TR-DPO": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 4, "logging_steps": 3},
+}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return {"reference_store": tmp_path / "reference.sqlite"}
+
+
+def trained(trainer_class, folder, **settings):
+    trainer = make_trainer(trainer_class, folder, **settings)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_ten_steps_are_trls(name, tmp_path, store):
+    """TRL's reference is a second copy of the starting model, ours the store (but for TR-DPO)."""
+    options = OPTIONS[name]
+    held_out = {"eval_dataset": Dataset.from_list(ROWS[18:])} if "eval_steps" in options else {}
+    reference = {"ref_model": tiny_llama(320)}
+    theirs = trained(TRLTrainer, tmp_path, extra=held_out | reference, **options)
+    moving = {"ref_model": tiny_llama(320)} if "sync_ref_model" in options else {}
+    assert_same_run(trained(DPOTrainer, tmp_path, extra=held_out | store | moving, **options), theirs)
+
+
+def test_another_reference(tmp_path, store):
+    reference = {"ref_model": tiny_llama(320)}
+    with torch.no_grad():
+        for p in reference["ref_model"].parameters():
+            p.mul_(1.02)
+    theirs = trained(TRLTrainer, tmp_path, extra=reference)
+    assert_same_run(trained(DPOTrainer, tmp_path, extra=reference | store), theirs)
+    assert theirs.records.logs[0]["rewards/margins"] != 0
+
+
+def lora():
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="gaussian")
+
+
+@pytest.mark.filterwarnings("ignore:Unable to fetch remote file", "ignore:Could not find a config file in")
+def test_a_new_adapter(tmp_path, store):
+    theirs = trained(TRLTrainer, tmp_path, extra={"peft_config": lora()})
+    ours = trained(DPOTrainer, tmp_path, extra={"peft_config": lora()} | store)
+    assert_same_run(ours, theirs)
+    new_rows = Dataset.from_list(ROWS[18:])
+    got, want = ours.evaluate(new_rows), theirs.evaluate(new_rows)
+    assert_same_logs([got], [want])
+
+
+def test_a_trained_adapter_is_its_own_reference(tmp_path, store):
+    def model():
+        adapted = peft.get_peft_model(tiny_llama(320), lora())
+        with torch.no_grad():
+            for name, p in adapted.named_parameters():
+                if "lora_B" in name:
+                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) / 10)
+        return adapted
+
+    theirs = trained(TRLTrainer, tmp_path, model=model())
+    assert_same_run(trained(DPOTrainer, tmp_path, model=model(), extra=store), theirs)
+
+
+def test_a_mixture_of_experts_reports_its_balance(tmp_path, store):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **{"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 1},
+    )
+    trainer = trained(DPOTrainer, tmp_path, model=MixtralForCausalLM(config), extra=store, max_steps=2)
+    coefficient, first = trainer.router_aux_loss_coef, trainer.records.logs[0]
+    # Each of four experts has a quarter of the tokens, twice: two are asked for each.
+    assert 1.9 < first["aux_loss"] < 2.5
+    assert first["loss"] == pytest.approx(0.6931472 + coefficient * first["aux_loss"], abs=1e-5)
+    assert not trainer.model.config.output_router_logits
+
+
+def test_bf16(tmp_path, store):
+    theirs = trained(TRLTrainer, tmp_path, extra={"ref_model": tiny_llama(320)}, bf16=True)
+    ours = trained(DPOTrainer, tmp_path, extra=store, bf16=True)
+    assert next(ours.model.parameters()).dtype == torch.float32
+    for got, want in zip(ours.records.logs[:-1], theirs.records.logs[:-1], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], abs=0.02)
+        assert got["logps/chosen"] == pytest.approx(want["logps/chosen"], rel=0.01)
+
+
+def test_a_resumed_run_ends_alike(tmp_path, store):
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    whole = trained(DPOTrainer, tmp_path / "run", extra=store, **saving)
+    again = make_trainer(DPOTrainer, tmp_path / "run", extra=store, **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    for got, want in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_store_is_read_and_the_model_is_left_plain(tmp_path, store, monkeypatch):
+    first = trained(DPOTrainer, tmp_path, extra=store, max_steps=1)
+    assert (tmp_path / "reference.sqlite").stat().st_size
+    ids = torch.tensor([[5, 6, 7]])
+    assert first.model(input_ids=ids).logits.shape == (1, 3, 320)
+    assert first.model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
+    scored = []
+    # Begun where a row is missing.
+    monkeypatch.setattr(dpo_fast.score, "progress_line", lambda *args: scored.append(args))
+    trained(DPOTrainer, tmp_path, extra=store, max_steps=1)
+    assert not scored
+
+
+def test_several_evaluation_sets(tmp_path, store):
+    sets = DatasetDict(a=Dataset.from_list(ROWS[18:20]), b=Dataset.from_list(ROWS[20:]))
+    theirs = make_trainer(TRLTrainer, tmp_path, extra={"eval_dataset": sets, "ref_model": tiny_llama(320)})
+    ours = make_trainer(DPOTrainer, tmp_path, extra={"eval_dataset": sets} | store)
+    assert_same_logs([ours.evaluate()], [theirs.evaluate()])
+
+
+def test_two_processes(tmp_path, store):
+    logs, weights = {}, {}
+    for trainer_class in (TRLTrainer, DPOTrainer):
+        folder = tmp_path / trainer_class.__module__
+        folder.mkdir()
+        extra = {"ref_model": tiny_llama(320)} if trainer_class is TRLTrainer else store
+        mp.spawn(train_on_rank, (2, trainer_class, folder, extra), nprocs=2)
+        logs[trainer_class], weights[trainer_class] = torch.load(folder / "result.pt")
+    assert_same_logs(logs[DPOTrainer], logs[TRLTrainer])
+    for name, want in weights[TRLTrainer].items():
+        torch.testing.assert_close(weights[DPOTrainer][name], want, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("truncation_mode", "keep_end"),
+        ("pad_to_multiple_of", 8),
+        ("disable_dropout", False),
+        ("fp16_full_eval", True),
+        ("neftune_noise_alpha", 5.0),
+        ("use_liger_kernel", True),
+        ("activation_offloading", True),
+        ("torch_compile", True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*'keep_end':FutureWarning")
+def test_unsupported_options_are_named(name, value, tmp_path):
+    with pytest.raises(NotImplementedError, match=rf"^{name} is not supported"):
+        make_trainer(DPOTrainer, tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("data_collator", list),
+        ("compute_metrics", dict),
+        ("processing_class", object()),
+        ("train_dataset", Dataset.from_list(ROWS).to_iterable_dataset()),
+        ("peft_config", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+    ],
+)
+def test_unsupported_arguments_are_named(name, value, tmp_path):
+    with pytest.raises(NotImplementedError, match=rf"^{name} is not supported"):
+        make_trainer(DPOTrainer, tmp_path, extra={name: value})
+
+
+def test_an_empty_answer_is_named(tmp_path, store):
+    trainer = make_trainer(DPOTrainer, tmp_path, extra=store)
+    with pytest.raises(ValueError, match="row 1: an answer is empty"):
+        trainer.data_collator([{"prompt_ids": [2], "chosen_ids": [3], "rejected_ids": ids} for ids in ([4], [])])
+
+
+def test_predict_says_why_not(tmp_path, store):
+    trainer = make_trainer(DPOTrainer, tmp_path, extra=store)
+    with pytest.raises(NotImplementedError, match=r"^predict: no logits are kept"):
+        trainer.predict(trainer.train_dataset)
+
+
+def test_the_configuration_is_left_as_it_was(tmp_path, store):
+    args = trl_args(tmp_path)
+    make_trainer(DPOTrainer, tmp_path, extra={"args": args} | store)
+    assert not args.precompute_ref_log_probs
