@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,13 @@ from typing import Any
 from environment import environment
 
 SETTINGS = {"max_length": 512, "learning_rate": 1e-6, "beta": 0.1, "seed": 42, "lr_scheduler_type": "linear"}
-CONTESTANTS = {
+TUNED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+# What each changes from TRL's defaults; `drop-in` is our trainer of TRL's loop, `trl-patched` TRL's with our log-probs.
+CONTESTANTS: dict[str, dict[str, Any]] = {
     "dpo-fast": {},
-    "trl-tuned": {"precompute_ref_log_probs": True, "gradient_checkpointing": False},
+    "drop-in": TUNED,
+    "trl-patched": TUNED,
+    "trl-tuned": TUNED,
     "trl-default": {},
 }
 
@@ -70,24 +75,30 @@ def run_dpo_fast(task: Task, scratch: str) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "losses": [row["loss"] for row in result.metrics]}
 
 
-def run_trl(task: Task, scratch: str, options: dict[str, Any]) -> dict[str, Any]:
-    """TRL's trainer; `options` are what the contestant changes from TRL's defaults."""
+def run_trl(task: Task, scratch: str, name: str) -> dict[str, Any]:
+    """TRL's loop, with TRL's trainer or ours."""
+    import trl
     from datasets import load_dataset
     from transformers import AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
 
-    config = DPOConfig(
-        **task.settings(f"{scratch}/run"), **options, save_strategy="no", report_to="none", disable_tqdm=True
+    from dpo_fast.integrations.patch import patched
+    from dpo_fast.integrations.trl import DPOTrainer
+
+    config = trl.DPOConfig(
+        **task.settings(f"{scratch}/run"), **CONTESTANTS[name], save_strategy="no", report_to="none", disable_tqdm=True
     )
+    extra = {"reference_store": f"{scratch}/reference.sqlite"} if name == "drop-in" else {}
     dataset = load_dataset("json", data_files=task.data, split="train", cache_dir=f"{scratch}/cache")
     start = time.perf_counter()
-    trainer = DPOTrainer(
-        task.model,
-        args=config,
-        train_dataset=dataset,
-        processing_class=AutoTokenizer.from_pretrained(task.model),
-    )
-    trainer.train()
+    with patched() if name == "trl-patched" else nullcontext():
+        trainer = (DPOTrainer if name == "drop-in" else trl.DPOTrainer)(
+            task.model,
+            args=config,
+            train_dataset=dataset,
+            processing_class=AutoTokenizer.from_pretrained(task.model),
+            **extra,
+        )
+        trainer.train()
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
 
@@ -99,7 +110,7 @@ def contest(name: str, task: Task) -> dict[str, Any]:
     from dpo_fast.metrics import peak_memory_gib
 
     with tempfile.TemporaryDirectory() as scratch:
-        result = run_dpo_fast(task, scratch) if name == "dpo-fast" else run_trl(task, scratch, CONTESTANTS[name])
+        result = run_dpo_fast(task, scratch) if name == "dpo-fast" else run_trl(task, scratch, name)
     pairs = task.steps * task.pairs_per_micro_batch * task.accumulation
     return result | {
         "pairs_per_second": pairs / result["seconds"],

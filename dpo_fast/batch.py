@@ -105,6 +105,7 @@ class PackedBatch:
         answer_segments: S numbers of segments, the answers' own.
         chosen, rejected: (P,) int64, indices of answers.
         pair_rows: P source rows, for messages.
+        num_pair_tokens: scored tokens of all pairs; an answer counts in each pair that it is in.
         weights: (P,) fp32 factors of the pairs' losses; None where all are 1.
         score_gaps: (P,) fp32, true score of the chosen answer less that of the rejected one; None unless all have one.
         gold: (P,) int64, index of an answer better than both; None unless all have one.
@@ -122,6 +123,7 @@ class PackedBatch:
     chosen: Tensor
     rejected: Tensor
     pair_rows: tuple[int, ...]
+    num_pair_tokens: int
     answer_segments: tuple[int, ...]
     weights: Tensor | None = None
     score_gaps: Tensor | None = None
@@ -221,6 +223,7 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
         chosen=torch.tensor(chosen, dtype=torch.int64),
         rejected=torch.tensor(rejected, dtype=torch.int64),
         pair_rows=tuple(rows),
+        num_pair_tokens=sum(len(targets[answer]) for answer in chosen + rejected),
         answer_segments=tuple(answer_segments),
         weights=torch.tensor(weights) if set(weights) - {1.0} else None,
         score_gaps=torch.tensor(gaps) if len(gaps) == len(rows) else None,
@@ -291,7 +294,8 @@ class _PairSums:
         own = batch.answer_lengths[sides]
         shared = torch.minimum(*own.chunk(2)).repeat(2)
         self.bounds = torch.cat([own.new_zeros(1), own.cumsum(0)])
-        side = torch.repeat_interleave(torch.arange(len(sides), device=own.device), own)
+        numbers = torch.arange(len(sides), device=own.device)
+        side = torch.repeat_interleave(numbers, own, output_size=batch.num_pair_tokens)
         place = torch.arange(len(side), device=own.device) - self.bounds[side]
         self.rows = RowIndex.of(batch.cu_answers[sides][side] + place, len(batch.targets))
         self.weights = torch.where(place < shared[side], 1.0, ld_alpha)

@@ -57,10 +57,22 @@ class FiniteWatch:
         """`finite`: one flag per row, or one for all of them (the gradient)."""
         self._flags.append((step, rows, finite))
 
-    def check(self) -> None:
-        """Raise a TrainingError that names the first bad step and its rows."""
+    @property
+    def all_finite(self) -> Tensor:
+        """Scalar bool on the device, of the flags that were not checked yet; there is one at least."""
+        return torch.stack([finite.all() for _, _, finite in self._flags]).all()
+
+    def check(self, *, all_finite: bool | None = None) -> None:
+        """Raise a TrainingError that names the first bad step and its rows.
+
+        Args:
+            all_finite: the property's value, where it was brought to the host already; else it is read now.
+        """
+        if not self._flags:
+            return
+        good = bool(self.all_finite) if all_finite is None else all_finite
         flags, self._flags = self._flags, []
-        for step, rows, finite in flags:
+        for step, rows, finite in () if good else flags:
             if bool(finite.all()):
                 continue
             what = "gradient" if finite.ndim == 0 else "loss"

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -55,11 +55,13 @@ class PairAverage:
         assert self._sum is not None, "nothing was added"
         return self._sum[PAIR_METRICS.index(name)]
 
-    def read(self) -> dict[str, float]:
-        """The means by name; empty if nothing was added."""
+    def read(self, also: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """The means by name, and other scalars that come along in the same transfer; empty if nothing was added."""
         if self._sum is None:
             return {}
-        return dict(zip(PAIR_METRICS, (self._sum / self.num_pairs).tolist(), strict=True))
+        also = also or {}
+        values = torch.cat([self._sum / self.num_pairs, *(x.detach().double()[None] for x in also.values())])
+        return dict(zip((*PAIR_METRICS, *also), values.tolist(), strict=True))
 
 
 class Window:
@@ -88,9 +90,9 @@ class Window:
         yield
         self._start += time.perf_counter() - start
 
-    def read(self) -> dict[str, float]:
-        """Means, speeds and the learning rate. Waits for the device."""
-        means = self._average.read()
+    def read(self, also: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """Means, speeds, the learning rate and other scalars. Waits for the device, once."""
+        means = self._average.read(also)
         seconds = time.perf_counter() - self._start
         return means | {
             "learning_rate": self.learning_rate,

@@ -294,6 +294,7 @@ class Policy:
             "softcap": getattr(text_config, "final_logit_softcapping", None),
             "temperature": divisor,
             "memory_budget": self.memory_budget,
+            "assume_valid": True,  # token ids of the model's own vocabulary: the embedding has read them
         }
         if want_stats:
             return linear_logprob_with_stats(*arguments, **options)

@@ -259,13 +259,21 @@ class Trainer:
         self.line.advance()
         last = step == self.num_steps
         if last or step == 1 or is_due(step, config.logging_steps):
-            self.log(self.window.read() | {"grad_norm": grad_norm.item()})
+            self.log(self.read_window(grad_norm))
             self.window = Window(self.sampler.max_tokens)
         with self.window.paused():
             if self.eval_set.groups and (last or is_due(step, config.eval_steps)):
                 self.log(self.evaluate())
             if is_due(step, config.save_steps):
                 self.save()
+
+    def read_window(self, grad_norm: Tensor) -> dict[str, float]:
+        """Figures since the last report, checked: the one time between reports that a GPU is waited for."""
+        if self.policy.device.type == "cpu":  # checked after every step
+            return self.window.read({"grad_norm": grad_norm})
+        row = self.window.read({"grad_norm": grad_norm, "all_finite": self.watch.all_finite})
+        self.watch.check(all_finite=bool(row.pop("all_finite")))
+        return row
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet."""

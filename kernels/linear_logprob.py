@@ -128,6 +128,7 @@ def linear_logprob(
     backend: Backend = "auto",
     memory_budget: int = 2 * 2**30,
     main_grad: Tensor | None = None,
+    assume_valid: bool = False,
 ) -> Tensor:
     """Log-probabilities of `target` under softmax(cap(hidden·weightᵀ + bias) / temperature).
 
@@ -144,6 +145,8 @@ def linear_logprob(
             again in the backward: slower, and the same result.
         main_grad: (V, D) in fp32 (fp64 if `hidden` is) that the backward adds dW to, for those who keep gradients
             themselves or tie the head to the embeddings; `weight`, which must ask for a gradient, then gets none here.
+        assume_valid: take it that every target lies in [0, V). Else they are looked at, for which a GPU is waited for
+            once.
 
     Under autocast the inputs are taken in its dtype, as by a matrix product.
 
@@ -157,7 +160,7 @@ def linear_logprob(
     Raises:
         ValueError: a shape, dtype, device or range is wrong; the message names the argument.
     """
-    options = (bias, softcap, temperature, backend, memory_budget, main_grad)
+    options = (bias, softcap, temperature, backend, memory_budget, main_grad, assume_valid)
     return _linear_logprob(hidden, weight, target, *options, want_stats=False)[0]
 
 
@@ -172,9 +175,10 @@ def linear_logprob_with_stats(
     backend: Backend = "auto",
     memory_budget: int = 2 * 2**30,
     main_grad: Tensor | None = None,
+    assume_valid: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """`linear_logprob` and, from the same pass over the head, each row's `TokenStats`, which have no gradient."""
-    options = (bias, softcap, temperature, backend, memory_budget, main_grad)
+    options = (bias, softcap, temperature, backend, memory_budget, main_grad, assume_valid)
     logp, *stats = _linear_logprob(hidden, weight, target, *options, want_stats=True)
     return logp, TokenStats(*stats)
 
@@ -189,6 +193,7 @@ def _linear_logprob(
     backend: Backend,
     memory_budget: int,
     main_grad: Tensor | None,
+    assume_valid: bool,
     *,
     want_stats: bool,
 ) -> tuple[Tensor, ...]:
@@ -210,11 +215,12 @@ def _linear_logprob(
                 backend,
                 memory_budget,
                 main_grad,
+                assume_valid,
                 want_stats=want_stats,
             )
     _check_main_grad(hidden, weight, main_grad)
     call = _Call(softcap, 1 / temperature, memory_budget, choose_backend(backend, hidden), want_stats)
-    rows = _live_rows(target, weight.shape[0])
+    rows = None if assume_valid else _live_rows(target, weight.shape[0])
     live = target
     if rows is not None:
         hidden, live = hidden[rows], target[rows]

@@ -70,7 +70,7 @@ def patched() -> Iterator[None]:
 
 
 def _patch_transformers() -> None:
-    original = loss_utils.ForCausalLMLoss
+    original: Any = loss_utils.ForCausalLMLoss
     names = [name for name, loss in loss_utils.LOSS_MAPPING.items() if loss is original]
     loss_utils.LOSS_MAPPING.update(dict.fromkeys(names, causal_lm_loss))
     _undo.append(lambda: loss_utils.LOSS_MAPPING.update(dict.fromkeys(names, original)))
@@ -118,9 +118,8 @@ def causal_lm_loss(
         Scalar fp32.
     """
     if torch.compiler.is_compiling():
-        return loss_utils.ForCausalLMLoss(  # type: ignore[no-any-return]
-            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
-        )
+        original: Any = loss_utils.ForCausalLMLoss
+        return original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         assert labels is not None, "labels or shift_labels"
         shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
