@@ -16,7 +16,19 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from dpo_fast.config import DemoConfig, DPOConfig, ScoreConfig, TrainingError, UserError
+from dpo_fast.config import (
+    DemoConfig,
+    DPOConfig,
+    EvalConfig,
+    InspectConfig,
+    LabelConfig,
+    PairConfig,
+    ReportConfig,
+    SampleConfig,
+    ScoreConfig,
+    TrainingError,
+    UserError,
+)
 
 RUN_FAILED = 1
 USER_MISTAKE = 2
@@ -62,6 +74,48 @@ def run_score(config: ScoreConfig) -> None:
     score(config)
 
 
+def run_sample(config: SampleConfig) -> None:
+    """`dpo-fast sample`."""
+    from dpo_fast.curate.sample import run_sample
+
+    run_sample(config)
+
+
+def run_label(config: LabelConfig) -> None:
+    """`dpo-fast label`."""
+    from dpo_fast.curate.label import run_label
+
+    run_label(config)
+
+
+def run_pair(config: PairConfig) -> None:
+    """`dpo-fast pair`."""
+    from dpo_fast.curate.pair import run_pair
+
+    run_pair(config)
+
+
+def run_eval(config: EvalConfig) -> None:
+    """`dpo-fast eval`."""
+    from dpo_fast.evaluate import evaluate
+
+    evaluate(config)
+
+
+def run_inspect(config: InspectConfig) -> None:
+    """`dpo-fast inspect`."""
+    from dpo_fast.inspection import inspect_rows
+
+    inspect_rows(config)
+
+
+def run_report(config: ReportConfig) -> None:
+    """`dpo-fast report`."""
+    from dpo_fast.report import write_report
+
+    write_report(config)
+
+
 def run_demo(config: DemoConfig) -> None:
     """`dpo-fast demo`."""
     from dpo_fast.demo import run_demo
@@ -71,12 +125,13 @@ def run_demo(config: DemoConfig) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its settings, what runs it, a line of help and its usage."""
+    """A subcommand: settings, what runs it, a line of help, its usage, and the field that a bare first word fills."""
 
     config: type[Any]
     run: Callable[[Any], None]
     help: str
     usage: str
+    positional: str | None = None
 
 
 COMMANDS = {
@@ -87,6 +142,29 @@ COMMANDS = {
     "score": Command(
         ScoreConfig, run_score, "log-probs of a model, per pair and per token", "--model M --data D --out F.jsonl"
     ),
+    "sample": Command(
+        SampleConfig, run_sample, "prompts -> several answers each", "--model M --data PROMPTS --out F.jsonl"
+    ),
+    "label": Command(
+        LabelConfig,
+        run_label,
+        "answers -> scores, by signals or by hand",
+        "--data SAMPLES.jsonl --out F.jsonl (--signals S | --by-hand | --terminal)",
+    ),
+    "pair": Command(PairConfig, run_pair, "scored answers -> preference rows", "--data LABELLED.jsonl --out F.jsonl"),
+    "eval": Command(
+        EvalConfig,
+        run_eval,
+        "a trained model beside its reference: accuracy, margins, calibration, win rate",
+        "--model M --reference R (--data PAIRS | --prompts P --signals S) [--out F.json]",
+    ),
+    "inspect": Command(
+        InspectConfig,
+        run_inspect,
+        "rows token by token, under policy and reference",
+        "--model M --reference R --data D [--rows '[0, 5]'] [--out F.html]",
+    ),
+    "report": Command(ReportConfig, run_report, "report.html of a run", "DIR [--out F.html]", positional="run"),
 }
 
 
@@ -137,16 +215,21 @@ def make_parser() -> Parser:
 
 def normalize(argv: list[str]) -> list[str]:
     """Dashes and underscores in option names are the same, and a yes-or-no option alone means yes."""
-    fields = {field.name: field.type for command in COMMANDS.values() for field in dataclasses.fields(command.config)}
-    normal = []
-    for word, following in pairwise([*argv, "--"]):
+    command = COMMANDS.get(argv[0]) if argv else None
+    if command is None:
+        return argv
+    fields = {field.name: field.type for field in dataclasses.fields(command.config)}
+    normal, words = argv[:1], argv[1:]
+    if command.positional and words and not words[0].startswith("-"):
+        words[:1] = [f"--{command.positional}", words[0]]
+    for word, following in pairwise([*words, "--"]):
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name.replace("-", "_") not in fields:
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in fields:
             normal.append(word)
             continue
-        name = name.replace("-", "_")
         normal.append(f"--{name}{equals}{value}")
-        if fields[name] == "bool" and not equals and following.startswith("--"):
+        if fields[name] in ("bool", "bool | None") and not equals and following.startswith("--"):
             normal.append("true")
     return normal
 

@@ -95,6 +95,167 @@ class ModelConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """How answers are sampled.
+
+    Attributes:
+        num_samples: answers of a prompt, shared evenly among all models and temperatures.
+        temperature: one or several; 1 is the model's own distribution, 0 takes the likeliest tokens.
+        top_p: sample from the likeliest tokens that hold this share of the probability.
+        max_new_tokens: length at which an answer is cut.
+        generation_batch_size: answers that are written at once.
+        backend: `transformers`, or `vllm` where that is installed.
+        seed: of the sampling; each batch of prompts has a seed of its own made from it.
+    """
+
+    num_samples: int = 8
+    temperature: float | list[float] = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    generation_batch_size: int = 64
+    backend: Literal["transformers", "vllm"] = "transformers"
+    seed: int = 42
+
+
+@dataclass
+class SampleConfig(SamplingConfig):
+    """Settings of `dpo-fast sample`: those of `SamplingConfig` and the following.
+
+    Attributes:
+        model: checkpoint folder, Hub name or .gguf file, or a list of them.
+        data: rows with a prompt, in any file or dataset that `dpo-fast train` reads; other columns are kept.
+        out: .jsonl file to write, one row a prompt.
+        prompt_column: column of the prompt, a string or messages.
+        tools_column: column with the tools that the chat template is given.
+        chat_template: file with a Jinja chat template that replaces the tokenizer's.
+        apply_chat_template: make a prompt that is a string one user turn; null does so where the tokenizer has a chat
+            template. The rows written hold the turns, so that training needs no such option.
+        max_rows: read no more than this many rows.
+        device: `auto` is CUDA where there is a GPU, else the CPU.
+        dtype: of the weights; `auto` is bfloat16 on a GPU, float32 on a CPU.
+        overwrite: replace `out`, and what an interrupted run with other settings left behind.
+    """
+
+    model: str | list[str] = ""
+    data: str = ""
+    out: str = ""
+    prompt_column: str = "prompt"
+    tools_column: str = "tools"
+    chat_template: str | None = None
+    apply_chat_template: bool | None = None
+    max_rows: int | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    overwrite: bool = False
+
+
+@dataclass
+class SignalConfig:
+    """Which signals judge an answer, and what a checker may use up.
+
+    Attributes:
+        signals: name of a signal (`json`, `regex:PATTERN`, `number:COLUMN`, ...; docs/curate.md lists them), or a list.
+        signal_weights: one factor for each of them, their sum is the score; null is 1 for all.
+        allow_commands: let `command:...` run programs.
+        timeout: seconds that a signal may take for one answer.
+        memory_limit_mib: memory of a command.
+        file_limit_mib: files that a command may write, all together.
+        output_limit_kib: what a command may print.
+        process_limit: processes that a command may run at once.
+        num_workers: answers judged at once; null is one for each processor.
+        judge_batch_size: texts that a reward model or judge reads at once.
+    """
+
+    signals: str | list[str] = ""
+    signal_weights: list[float] | None = None
+    allow_commands: bool = False
+    timeout: float = 10.0
+    memory_limit_mib: int = 1024
+    file_limit_mib: int = 64
+    output_limit_kib: int = 1024
+    process_limit: int = 64
+    num_workers: int | None = None
+    judge_batch_size: int = 16
+
+
+@dataclass
+class LabelConfig(SignalConfig):
+    """Settings of `dpo-fast label`: those of `SignalConfig` and the following.
+
+    Attributes:
+        data: rows with `prompt` and `responses`, as `dpo-fast sample` writes them.
+        out: .jsonl file to write: the same rows with `scores`, `signals` and `signal_errors`.
+        prompt_column: column of the prompt.
+        responses_column: column with the list of answers.
+        max_rows: read no more than this many rows.
+        device: of reward models and judges; `auto` is CUDA where there is a GPU, else the CPU.
+        by_hand: let a person judge, on a page that only this machine can open.
+        terminal: let a person judge in the terminal.
+        port: of the page; 0 takes a free one.
+        pairs: which answers of a prompt a person compares.
+        repeat_share: share of the comparisons that are shown twice, to measure how well a person agrees with
+            themselves.
+        seed: of the order of comparisons and of their sides.
+        overwrite: replace `out`, and what an interrupted run with other settings left behind.
+    """
+
+    data: str = ""
+    out: str = ""
+    prompt_column: str = "prompt"
+    responses_column: str = "responses"
+    max_rows: int | None = None
+    device: str = "auto"
+    by_hand: bool = False
+    terminal: bool = False
+    port: int = 0
+    pairs: Literal["first_two", "adjacent", "all"] = "first_two"
+    repeat_share: float = 0.1
+    seed: int = 42
+    overwrite: bool = False
+
+
+@dataclass
+class PairConfig:
+    """Settings of `dpo-fast pair`.
+
+    Attributes:
+        data: rows with `prompt`, `responses` and `scores`, as `dpo-fast label` writes them.
+        out: .jsonl file to write, one row a pair: what `dpo-fast train --data` reads.
+        eval_out: .jsonl file of the prompts that are held out, where `eval_split` is above 0.
+        eval_split: share of the prompts that is held out; all pairs of a prompt are on one side.
+        prompt_column: column of the prompt.
+        responses_column: column with the list of answers.
+        scores_column: column with one number per answer; answers without one (null) are left out.
+        pairs: `best_worst` the best answer with the worst, `adjacent` each with the next worse one, `all` every two.
+        min_score_gap: answers whose scores differ by less are not compared; equal scores never are.
+        pairs_per_prompt: keep so many pairs of a prompt, those with the widest gaps; null keeps all.
+        truncated: answers that were cut at `max_new_tokens`: `never_chosen` uses them as the worse one alone, `drop`
+            leaves them out, `keep` treats them as any other.
+        balance_length: among equally good pairs take the one whose answers are nearest in length, then leave pairs out
+            until the chosen answer is as often the longer as the shorter one.
+        max_rows: read no more than this many rows.
+        seed: of the split, and of what is left out.
+        overwrite: replace `out` and `eval_out`.
+    """
+
+    data: str = ""
+    out: str = ""
+    eval_out: str | None = None
+    eval_split: float = 0.0
+    prompt_column: str = "prompt"
+    responses_column: str = "responses"
+    scores_column: str = "scores"
+    pairs: PairChoice = "best_worst"
+    min_score_gap: float = 0.0
+    pairs_per_prompt: int | None = None
+    truncated: Literal["never_chosen", "drop", "keep"] = "never_chosen"
+    balance_length: bool = False
+    max_rows: int | None = None
+    seed: int = 42
+    overwrite: bool = False
+
+
+@dataclass
 class DemoConfig:
     """Settings of `dpo-fast demo`.
 
@@ -120,6 +281,53 @@ class ScoreConfig(ModelConfig, DataConfig):
 
     out: str = ""
     tokens: bool = False
+
+
+@dataclass
+class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
+    """Settings of `dpo-fast eval`: those of the configurations above, and the following.
+
+    Attributes:
+        reference: the model that `model` is compared with.
+        beta: factor of the implicit reward.
+        prompts: file or dataset of prompts that both models answer, judged by `signals`; null compares no answers.
+        out: .json file to write.
+    """
+
+    reference: str = ""
+    beta: float = 0.1
+    prompts: str | None = None
+    out: str = ""
+
+
+@dataclass
+class InspectConfig(ModelConfig, DataConfig):
+    """Settings of `dpo-fast inspect`: those of `DataConfig` and `ModelConfig`, and the following.
+
+    Attributes:
+        reference: the model that `model` is compared with.
+        rows: numbers of the rows to show, counted from 0; null shows the first three that are usable.
+        beta: factor of the implicit reward.
+        out: .html file to write; null shows the terminal's view alone.
+    """
+
+    reference: str = ""
+    rows: list[int] | None = None
+    beta: float = 0.1
+    out: str | None = None
+
+
+@dataclass
+class ReportConfig:
+    """Settings of `dpo-fast report`.
+
+    Attributes:
+        run: folder of a training run.
+        out: .html file to write; null is `report.html` in that folder.
+    """
+
+    run: str = ""
+    out: str | None = None
 
 
 @dataclass

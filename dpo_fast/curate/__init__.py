@@ -1,0 +1,1 @@
+"""From any signal to preference rows: sample answers, label them, pair them."""
