@@ -38,6 +38,10 @@ class ProgressLine:
         self._progress = progress
         self._task = progress.task_ids[0]
 
+    def start(self, total: int) -> None:
+        """Set the number of items, where it was not known before."""
+        self._progress.update(self._task, total=total)
+
     def advance(self, amount: int = 1) -> None:
         """Move on by `amount`."""
         self._progress.advance(self._task, amount)

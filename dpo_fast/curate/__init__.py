@@ -1,1 +1,1 @@
-"""From any signal to preference rows: sample answers, label them, pair them."""
+"""From any signal to preference rows: sample answers, label them, pair them. `dpo_fast` has the functions."""

@@ -69,16 +69,14 @@ def to_preference(row: Any, config: DataConfig, *, has_chat_template: bool) -> P
         prompt, answers = _from_transcripts(values, as_messages=has_chat_template)
     else:
         prompt, answers = _from_fields(prompt, values, names, config)
-    tools = row.get(config.tools_column)
-    if isinstance(tools, str):
-        tools = _parse_tools(tools, config)
+    tools = _tools(row, config.tools_column)
     if config.apply_chat_template and isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
         prompt = [{"role": "user", "content": prompt}]
         answers = [[{"role": "assistant", "content": answer}] for answer in answers]
     answers, ranking = only_different(answers, ranking)
     if not ranking.pairs:
         raise RowError("identical_answers", "")
-    return Preference(prompt, tuple(answers), ranking, tools or None)
+    return Preference(prompt, tuple(answers), ranking, tools)
 
 
 def only_different(answers: Sequence[T], ranking: Ranking) -> tuple[list[T], Ranking]:
@@ -133,8 +131,10 @@ def _scored(row: dict[str, Any], config: DataConfig) -> tuple[list[Any], list[fl
             "wrong_type",
             f"expected {config.responses_column!r} and {config.scores_column!r} to be lists of the same length",
         )
-    numbers = [s for s in scores if isinstance(s, int | float) and math.isfinite(s)]
-    if len(numbers) != len(scores) or len(scores) < 2:
+    # A response that no signal could judge has no score.
+    judged = [i for i, score in enumerate(scores) if score is not None]
+    responses, scores = [responses[i] for i in judged], [scores[i] for i in judged]
+    if not all(isinstance(s, int | float) and math.isfinite(s) for s in scores) or len(scores) < 2:
         raise RowError("wrong_type", f"expected at least two finite numbers in {config.scores_column!r}")
     pairs = choose_pairs(scores, config.pairs, config.min_score_gap)
     if not pairs:
@@ -231,14 +231,34 @@ def _message(value: Any, name: str) -> Message:
     return {key: item for key, item in value.items() if item is not None} | {"content": content or ""}
 
 
-def _parse_tools(text: str, config: DataConfig) -> list[Any]:
-    try:
-        tools = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RowError("wrong_type", f"field {config.tools_column!r}: not valid JSON: {error.msg}") from error
-    if not isinstance(tools, list):
-        raise RowError("wrong_type", f"field {config.tools_column!r}: expected a list of tools")
-    return tools
+def to_prompt(row: dict[str, Any], prompt_column: str, tools_column: str) -> tuple[Text, list[Any] | None]:
+    """A row's prompt, where it has no answers yet, and the tools that the chat template is given.
+
+    Raises:
+        RowError: it names the field, what was expected and what was found.
+    """
+    prompt = row.get(prompt_column)
+    if prompt is None:
+        raise RowError(
+            "missing_field",
+            f"field {prompt_column!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}. "
+            "--prompt_column maps another name",
+        )
+    if prompt == "":
+        raise RowError("wrong_type", f"field {prompt_column!r}: expected a prompt, found an empty string")
+    return prompt if isinstance(prompt, str) else _messages(prompt, prompt_column), _tools(row, tools_column)
+
+
+def _tools(row: dict[str, Any], column: str) -> list[Any] | None:
+    tools = row.get(column)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise RowError("wrong_type", f"field {column!r}: not valid JSON: {error.msg}") from error
+    if tools is not None and not isinstance(tools, list):
+        raise RowError("wrong_type", f"field {column!r}: expected a list of tools")
+    return tools or None
 
 
 def _are_transcripts(values: list[Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -82,10 +82,22 @@ class Tokenizing:
             start = prompt or ""
             return [*(f"{start}{answer}" for answer in preference.answers), *([] if prompt is None else [start])]
         assert isinstance(prompt, list)
-        wholes = [self._template([*prompt, *_as_list(answer)], preference) for answer in preference.answers]
-        return [*wholes, self._template(prompt, preference, add_generation_prompt=True)]
+        wholes = [self._template([*prompt, *_as_list(answer)], preference.tools) for answer in preference.answers]
+        return [*wholes, self._template(prompt, preference.tools, add_generation_prompt=True)]
 
-    def _template(self, messages: list[Message], preference: Preference, *, add_generation_prompt: bool = False) -> str:
+    def prompt_ids(self, prompt: Text, tools: list[Any] | None = None) -> list[int]:
+        """What a model goes on from when it answers: the same ids that a prompt has in `__call__`.
+
+        Raises:
+            RowError: the chat template refuses the messages.
+        """
+        if isinstance(prompt, str):
+            return self._ids([prompt], chat=False)[0]
+        return self._ids([self._template(prompt, tools, add_generation_prompt=True)], chat=True)[0]
+
+    def _template(
+        self, messages: list[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False
+    ) -> str:
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
@@ -94,7 +106,7 @@ class Tokenizing:
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tools=preference.tools, add_generation_prompt=add_generation_prompt, tokenize=False
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
             )
         except TemplateError as error:
             raise RowError("template_error", str(error)) from error

@@ -1,0 +1,299 @@
+"""`dpo-fast pair`: scored answers -> preference rows, what was left out, and how much longer the chosen ones are."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+from rich.console import Console
+
+from dpo_fast.config import PairConfig, UserError
+from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, responses_of, text_of
+from dpo_fast.curate.rows import write_rows as write
+from dpo_fast.curate.sample import SAMPLES
+from dpo_fast.data.formats import choose_pairs
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+
+@dataclass
+class PairReport:
+    """What became of the prompts.
+
+    Attributes:
+        prompts: with a list of answers.
+        paired: that gave a pair at least.
+        alike: whose answers all score alike, or within `min_score_gap`.
+        unjudged: with fewer than two answers that have a score.
+        cut: whose better answers were all cut at `max_new_tokens`.
+        unusable: rows without answers or scores, with the reason of each.
+        before: length bias of all pairs.
+        after: of those that `balance_length` left, where it was asked for.
+    """
+
+    prompts: int = 0
+    paired: int = 0
+    alike: int = 0
+    unjudged: int = 0
+    cut: int = 0
+    unusable: list[str] = field(default_factory=list)
+    before: LengthBias | None = None
+    after: LengthBias | None = None
+
+    def render(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{self.prompts} prompts, {self.paired} of them with pairs"]
+        for number, sentence in (
+            (self.alike, "answers all score alike, within --min_score_gap"),
+            (self.unjudged, "fewer than two answers have a score"),
+            (self.cut, "every better answer was cut at max_new_tokens (--truncated keep takes them)"),
+        ):
+            if number:
+                lines.append(f"  left out {number}: {sentence}")
+        if self.unusable:
+            lines.append(f"  left out {len(self.unusable)}: {self.unusable[0]}")
+        for when, bias in (("", self.before), ("balanced: ", self.after)):
+            if bias is not None:
+                lines.append(f"  {when}{bias.render()}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """How much longer chosen answers are, in characters.
+
+    Attributes:
+        pairs: counted.
+        longer, shorter: pairs whose chosen answer is longer, or shorter.
+        chosen, rejected: mean lengths.
+        ratio: geometric mean of chosen over rejected length; an empty answer counts as one character.
+    """
+
+    pairs: int
+    longer: int
+    shorter: int
+    chosen: float
+    rejected: float
+    ratio: float
+
+    @classmethod
+    def of(cls, lengths: Sequence[tuple[int, int]]) -> LengthBias | None:
+        """Of (chosen, rejected) lengths; None if there are none."""
+        if not lengths:
+            return None
+        chosen, rejected = (sum(side) / len(lengths) for side in zip(*lengths, strict=True))
+        logs = [math.log(max(a, 1) / max(b, 1)) for a, b in lengths]
+        longer, shorter = sum(a > b for a, b in lengths), sum(a < b for a, b in lengths)
+        return cls(len(lengths), longer, shorter, chosen, rejected, math.exp(sum(logs) / len(logs)))
+
+    def render(self) -> str:
+        """One line, with advice where length and preference go together."""
+        line = (
+            f"{self.pairs} pairs: the chosen answer is longer in {self.longer}, shorter in {self.shorter}; mean length "
+            f"{self.chosen:.0f} against {self.rejected:.0f} characters ({self.ratio:.2f}x)"
+        )
+        decided = self.longer + self.shorter
+        # Two standard errors of a fair coin.
+        if decided >= 20 and abs(self.longer / decided - 0.5) > max(0.1, decided**-0.5):
+            line += "; length alone tells them apart in part: see --balance_length"
+        return line
+
+
+def run_pair(config: PairConfig, *, console: Console | None = None) -> Path:
+    """Pair the answers of `config.data`, write `config.out` and, for the prompts held out, `config.eval_out`.
+
+    Raises:
+        UserError: a mistake in the settings, or no prompt gives a pair.
+    """
+    console = console or Console()
+    out = check_out(config.out, overwrite=config.overwrite)
+    if (config.eval_split > 0) != (config.eval_out is not None):
+        raise UserError("--eval_split and --eval_out go together: the share that is held out, and the file it goes to")
+    eval_out = None
+    if config.eval_out is not None:
+        eval_out = check_out(config.eval_out, option="--eval_out", overwrite=config.overwrite)
+    rows = read_objects(config.data, config.max_rows, console)
+    train, held_out, report = pair_rows(rows, config)
+    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    if not train:
+        raise UserError(f"--data {config.data}: gives no pair to train on")
+    write(out, train)
+    console.print(f"{len(train)} pairs: {out}", highlight=False, soft_wrap=True)
+    if eval_out is not None:
+        write(eval_out, held_out)
+        console.print(f"{len(held_out)} pairs held out: {eval_out}", highlight=False, soft_wrap=True)
+    return out
+
+
+def pair(data: Rows, *, console: Console | None = None, **settings: Any) -> Dataset | DatasetDict:
+    """Preference rows from scored answers.
+
+    Args:
+        data: a file's or Hub data set's name, a list of dicts or a `datasets.Dataset`, with columns `prompt`,
+            `responses` and `scores`.
+        console: where the report is shown.
+        settings: fields of `PairConfig`.
+
+    Returns:
+        Rows of `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score` and `score_gap`; with `eval_split` a
+        `DatasetDict` of `train` and `test`.
+
+    Raises:
+        UserError: a mistake in the settings, or no prompt gives a pair.
+    """
+    from datasets import DatasetDict
+
+    console = console or Console()
+    config = PairConfig(**settings)
+    train, held_out, report = pair_rows(as_rows(data, console), config)
+    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    if not train:
+        raise UserError("no prompt gives a pair to train on")
+    if config.eval_split > 0:
+        return DatasetDict({"train": as_dataset(train), "test": as_dataset(held_out)})
+    return as_dataset(train)
+
+
+def pair_rows(rows: Sequence[Row], config: PairConfig) -> tuple[list[Row], list[Row], PairReport]:
+    """Preference rows to train on, those of held-out prompts, and what became of every row."""
+    if not 0 <= config.eval_split < 1:
+        raise UserError(f"--eval_split {config.eval_split}: expected a share of the prompts, at least 0 and below 1")
+    if config.pairs_per_prompt is not None and config.pairs_per_prompt < 1:
+        raise UserError(f"--pairs_per_prompt {config.pairs_per_prompt}: expected a number above 0")
+    report = PairReport()
+    pairs: list[Row] = []
+    for number, row in enumerate(rows):
+        try:
+            candidates = _Candidates.of(row, number, config)
+        except UserError as error:
+            report.unusable.append(str(error))
+            continue
+        report.prompts += 1
+        chosen = candidates.choose(config, report)
+        report.paired += bool(chosen)
+        pairs += [candidates.preference(number, *pair, config) for pair in chosen]
+    report.before = LengthBias.of([_lengths(pair) for pair in pairs])
+    if config.balance_length:
+        pairs = _balanced(pairs, config.seed)
+        report.after = LengthBias.of([_lengths(pair) for pair in pairs])
+    held_out = _held_out(pairs, config)
+    train = [pair for pair in pairs if _key(pair, config) not in held_out]
+    return train, [pair for pair in pairs if _key(pair, config) in held_out], report
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """A row's answers that have a score."""
+
+    row: Row
+    responses: list[Any]
+    scores: list[float]
+    finished: list[bool]
+
+    @classmethod
+    def of(cls, row: Row, number: int, config: PairConfig) -> _Candidates:
+        if row.get(config.prompt_column) is None:
+            raise UserError(
+                f"row {number}: field {config.prompt_column!r} is missing; --prompt_column maps another name"
+            )
+        responses = responses_of(row, config.responses_column, number)
+        scores = row.get(config.scores_column)
+        if not isinstance(scores, list) or len(scores) != len(responses):
+            raise UserError(
+                f"row {number}: field {config.scores_column!r}: expected a list of {len(responses)} numbers, one an "
+                "answer, as dpo-fast label writes it"
+            )
+        wrong = [s for s in scores if s is not None and not (isinstance(s, int | float) and math.isfinite(s))]
+        if wrong:
+            raise UserError(
+                f"row {number}: field {config.scores_column!r}: expected numbers or null, found {wrong[0]!r:.40}"
+            )
+        samples = row.get(SAMPLES) or [{}] * len(responses)
+        finished = [(sampled or {}).get("finished") is not False for sampled in samples]
+        used = [
+            i for i, score in enumerate(scores) if score is not None and (finished[i] or config.truncated != "drop")
+        ]
+        return cls(row, [responses[i] for i in used], [float(scores[i]) for i in used], [finished[i] for i in used])
+
+    def choose(self, config: PairConfig, report: PairReport) -> list[tuple[int, int]]:
+        """(better, worse) numbers of answers; where there is none, counts why."""
+        if len(self.scores) < 2:
+            report.unjudged += 1
+            return []
+        # The best and the worst are found among all pairs, since the best may be one that must not be chosen.
+        which = "all" if config.pairs == "best_worst" else config.pairs
+        found = [
+            (a, b)
+            for a, b in choose_pairs(self.scores, which, config.min_score_gap)
+            if self.responses[a] != self.responses[b]
+        ]
+        if not found:
+            report.alike += 1
+            return []
+        if config.truncated == "never_chosen":
+            found = [(a, b) for a, b in found if self.finished[a]]
+            report.cut += not found
+        found.sort(key=lambda pair: (-self._gap(pair), self._length_gap(pair) if config.balance_length else 0))
+        return found[: 1 if config.pairs == "best_worst" else config.pairs_per_prompt]
+
+    def _gap(self, pair: tuple[int, int]) -> float:
+        return self.scores[pair[0]] - self.scores[pair[1]]
+
+    def _length_gap(self, pair: tuple[int, int]) -> int:
+        a, b = (len(text_of(self.responses[i])) for i in pair)
+        return abs(a - b)
+
+    def preference(self, number: int, better: int, worse: int, config: PairConfig) -> Row:
+        """The row that `dpo-fast train` reads; answers to messages are messages."""
+        prompt = self.row[config.prompt_column]
+        chosen, rejected = (
+            [{"role": "assistant", "content": response}]
+            if isinstance(response := self.responses[i], str) and not isinstance(prompt, str)
+            else response
+            for i in (better, worse)
+        )
+        tools = {} if self.row.get("tools") is None else {"tools": self.row["tools"]}
+        scores = {"chosen_score": self.scores[better], "rejected_score": self.scores[worse]}
+        return {
+            **{config.prompt_column: prompt, "chosen": chosen, "rejected": rejected},
+            **tools,
+            **scores,
+            "score_gap": self.scores[better] - self.scores[worse],
+            "row": number,
+        }
+
+
+def _lengths(pair: Row) -> tuple[int, int]:
+    return len(text_of(pair["chosen"])), len(text_of(pair["rejected"]))
+
+
+def _balanced(pairs: list[Row], seed: int) -> list[Row]:
+    """As many pairs whose chosen answer is longer as pairs whose is shorter; the rest is left out at random."""
+    sides: dict[int, list[int]] = {1: [], -1: [], 0: []}
+    for i, one in enumerate(pairs):
+        chosen, rejected = _lengths(one)
+        sides[(chosen > rejected) - (chosen < rejected)].append(i)
+    number = min(len(sides[1]), len(sides[-1]))
+    rng = random.Random(seed)
+    kept = {*sides[0], *rng.sample(sides[1], number), *rng.sample(sides[-1], number)}
+    return [pair for i, pair in enumerate(pairs) if i in kept]
+
+
+def _key(pair: Row, config: PairConfig) -> str:
+    return json.dumps(pair[config.prompt_column], sort_keys=True)
+
+
+def _held_out(pairs: list[Row], config: PairConfig) -> set[str]:
+    """Prompts that are held out: those with the smallest hashes, so that a prompt's side hardly depends on others."""
+    prompts = sorted(
+        {_key(pair, config) for pair in pairs},
+        key=lambda prompt: xxhash.xxh3_128_digest(f"{config.seed}/{prompt}".encode()),
+    )
+    return set(prompts[: round(config.eval_split * len(prompts))])

@@ -1,0 +1,221 @@
+"""`dpo-fast sample`: prompts -> several answers each, by one or several models at one or several temperatures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import xxhash
+from rich.console import Console
+
+from dpo_fast.config import SampleConfig, UserError
+from dpo_fast.curate.generate import Writer, load_writer
+from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, write_rows
+from dpo_fast.curate.worklog import WorkLog, fingerprint
+from dpo_fast.data.formats import Text, to_prompt
+from dpo_fast.data.report import RowError
+from dpo_fast.data.tokenize import Tokenizing
+from dpo_fast.model import load_tokenizer
+from dpo_fast.progress import progress_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RESPONSES, SAMPLES = "responses", "samples"
+# Settings that change no answer.
+_NEUTRAL = ("out", "overwrite")
+
+
+def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
+    """Answer the prompts of `config.data` and write `config.out`, one row a prompt.
+
+    Answers are kept batch by batch in `OUT.partial`; a run that was killed goes on after the last whole batch, to the
+    same answers.
+
+    Raises:
+        UserError: a mistake in the settings or the data.
+    """
+    console = console or Console()
+    out = check_out(config.out, overwrite=config.overwrite)
+    rows = read_objects(config.data, config.max_rows, console)
+    settings = {name: value for name, value in asdict(config).items() if name not in _NEUTRAL}
+    with WorkLog(out, fingerprint(settings, rows), overwrite=config.overwrite) as log:
+        written = sample_rows(rows, config, console=console, log=log)
+        write_rows(out, written)
+        log.finish()
+    console.print(f"{len(written)} prompts with answers: {out}", highlight=False, soft_wrap=True)
+    return out
+
+
+def sample(data: Rows, model: str | list[str], *, console: Console | None = None, **settings: Any) -> Dataset:
+    """Several answers to each prompt.
+
+    Args:
+        data: a file's or Hub data set's name, a list of dicts or a `datasets.Dataset`, with a column `prompt`.
+        model: checkpoint folder, Hub name or .gguf file, or a list of them.
+        console: where progress is shown.
+        settings: fields of `SampleConfig`.
+
+    Returns:
+        The rows with `responses` and, for each of them, `samples`: model, temperature, seed, log-prob in nats, tokens,
+        whether it is finished, and how many times it was sampled.
+
+    Raises:
+        UserError: a mistake in the settings or the data.
+    """
+    console = console or Console()
+    return as_dataset(sample_rows(as_rows(data, console), SampleConfig(model=model, **settings), console=console))
+
+
+def sample_rows(
+    rows: Sequence[Row], config: SampleConfig, *, console: Console, log: WorkLog | None = None
+) -> list[Row]:
+    """The rows with their different answers; see `sample`. Rows without a usable prompt are left out, and counted."""
+    written = answer_rows(rows, config, console=console, log=log)
+    different = [without_duplicates(row) for row in written]
+    before, after = (sum(len(row[RESPONSES]) for row in some) for some in (written, different))
+    console.print(f"{before} answers, {before - after} of them sampled before", highlight=False, soft_wrap=True)
+    return different
+
+
+def without_duplicates(row: Row) -> Row:
+    """The row with each of its answers once; `copies` says how many times it was sampled."""
+    kept: dict[str, Row] = {}
+    for text, sampled in zip(row[RESPONSES], row[SAMPLES], strict=True):
+        kept.setdefault(text, sampled | {"copies": 0})["copies"] += 1
+    return row | {RESPONSES: list(kept), SAMPLES: list(kept.values())}
+
+
+class _Log(Protocol):
+    """The part of a `WorkLog` that sampling needs."""
+
+    results: dict[str, Any]
+
+    def add(self, results: dict[str, Any]) -> None: ...
+
+
+class _Memory:
+    """A log of a run that nobody will go on with."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, Any] = {}
+
+    def add(self, results: dict[str, Any]) -> None:
+        self.results |= results
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Answers that are written at once: `prompts` are numbers of rows, one for each answer."""
+
+    key: str
+    model: str
+    temperature: float
+    seed: int
+    prompts: tuple[int, ...]
+
+
+def answer_rows(
+    rows: Sequence[Row], config: SampleConfig, *, console: Console, log: WorkLog | None = None
+) -> list[Row]:
+    """The rows with all `num_samples` answers, in the order in which they were sampled, duplicates included.
+
+    With the same seed, settings and tokens the i-th answers of two models come from the same stream of random numbers.
+    """
+    models = [config.model] if isinstance(config.model, str) else list(config.model)
+    temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
+    sources = [(model, temperature) for model in models for temperature in temperatures]
+    _check(config, sources)
+    done: _Log = log or _Memory()
+    prompts: list[tuple[Row, Text]] | None = None
+    batches: list[_Batch] = []
+    with progress_line(console, "sampling", 0) as line:
+        for model, group in groupby(enumerate(sources), lambda source: source[1][0]):
+            tokenizer = load_tokenizer(model, config.chat_template)
+            tokenize = Tokenizing(tokenizer)
+            if prompts is None:
+                prompts = _prompts(rows, config, tokenize, console)
+                line.start(len(prompts) * config.num_samples)
+            ids = [tokenize.prompt_ids(prompt, row.get(config.tools_column)) for row, prompt in prompts]
+            own = [batch for number, (_, t) in group for batch in _batches(number, model, t, ids, config, len(sources))]
+            batches += own
+            writer: Writer | None = None
+            for batch in own:
+                if batch.key not in done.results:
+                    writer = writer or load_writer(model, tokenizer, config, device=config.device, dtype=config.dtype)
+                    answers = writer([ids[i] for i in batch.prompts], batch.temperature, batch.seed)
+                    done.add({batch.key: [asdict(answer) for answer in answers]})
+                line.advance(len(batch.prompts))
+    assert prompts is not None, "there is at least one model"
+    found: list[list[tuple[str, Row]]] = [[] for _ in prompts]
+    for batch in batches:
+        for i, answer in zip(batch.prompts, done.results[batch.key], strict=True):
+            origin = {"model": batch.model, "temperature": batch.temperature, "seed": batch.seed}
+            figures = {name: value for name, value in answer.items() if name != "text"}
+            found[i].append((answer["text"], origin | figures))
+    return [
+        row
+        | {config.prompt_column: prompt, RESPONSES: [text for text, _ in answers], SAMPLES: [how for _, how in answers]}
+        for (row, prompt), answers in zip(prompts, found, strict=True)
+    ]
+
+
+def _check(config: SampleConfig, sources: list[tuple[str, float]]) -> None:
+    """Refuse settings that cannot be meant."""
+    if not all(model for model, _ in sources) or not sources:
+        raise UserError("no model given: pass --model with a checkpoint folder, a Hub name or a .gguf file")
+    if config.num_samples < len(sources):
+        raise UserError(
+            f"--num_samples {config.num_samples}: expected at least one for each of the {len(sources)} combinations of "
+            "model and temperature"
+        )
+    for name in ("max_new_tokens", "generation_batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
+    if not all(temperature >= 0 for _, temperature in sources):
+        raise UserError(f"--temperature {config.temperature}: expected 0 or above")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top_p {config.top_p}: expected a share above 0, at most 1")
+
+
+def _prompts(
+    rows: Sequence[Row], config: SampleConfig, tokenize: Tokenizing, console: Console
+) -> list[tuple[Row, Text]]:
+    """The rows that have a prompt, and the prompt; strings become a user's turn where they shall."""
+    wrap = config.apply_chat_template
+    if wrap is None:
+        wrap = bool(tokenize.tokenizer.chat_template)
+    usable: list[tuple[Row, Text]] = []
+    refused: list[str] = []
+    for number, row in enumerate(rows):
+        try:
+            prompt, tools = to_prompt(row, config.prompt_column, config.tools_column)
+            if wrap and isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            if not tokenize.prompt_ids(prompt, tools):
+                raise RowError("wrong_type", "the prompt has no tokens, so a model has nothing to go on from")
+        except RowError as error:
+            refused.append(f"row {number}: {error}")
+        else:
+            usable.append((row | ({} if tools is None else {config.tools_column: tools}), prompt))
+    if refused:
+        console.print(f"{len(refused)} rows left out ({refused[0]})", highlight=False, markup=False, soft_wrap=True)
+    if not usable:
+        raise UserError("no row has a prompt to answer" + (f": {refused[0]}" if refused else ""))
+    return usable
+
+
+def _batches(
+    number: int, model: str, temperature: float, ids: list[list[int]], config: SampleConfig, num_sources: int
+) -> Iterator[_Batch]:
+    """The batches of one model at one temperature, prompts of like length together, the longest first."""
+    copies = len(range(number, config.num_samples, num_sources))
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    jobs = [i for i in order for _ in range(copies)]
+    for start in range(0, len(jobs), config.generation_batch_size):
+        key = f"{number}/{start}"
+        seed = xxhash.xxh3_64_intdigest(f"{config.seed}/{key}".encode()) >> 1
+        yield _Batch(key, model, temperature, seed, tuple(jobs[start : start + config.generation_batch_size]))
