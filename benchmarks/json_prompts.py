@@ -1,6 +1,6 @@
 """Prompts that ask for JSON, for the loop of docs/curate.md: no subject is both in the training and the held-out file.
 
-    python benchmarks/json_prompts.py --train prompts.jsonl --held_out held_out.jsonl
+python benchmarks/json_prompts.py --train prompts.jsonl --held_out held_out.jsonl
 """
 
 from __future__ import annotations

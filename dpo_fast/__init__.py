@@ -9,7 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpo_fast.config import DPOConfig
+    from dpo_fast.config import DPOConfig, EvalConfig
+    from dpo_fast.curate.label import label
+    from dpo_fast.curate.pair import pair
+    from dpo_fast.curate.sample import sample
+    from dpo_fast.evaluation import evaluate
     from dpo_fast.fused_kto import FusedLinearKTOLoss
     from dpo_fast.fused_loss import FusedLinearCPOLoss, FusedLinearDPOLoss, FusedLinearORPOLoss, FusedLinearSimPOLoss
     from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
@@ -19,15 +23,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DPOConfig",
+    "EvalConfig",
     "FusedLinearCPOLoss",
     "FusedLinearDPOLoss",
     "FusedLinearKTOLoss",
     "FusedLinearORPOLoss",
     "FusedLinearSimPOLoss",
     "TrainResult",
+    "evaluate",
+    "label",
     "linear_logprob",
     "linear_logprob_with_stats",
     "logprob",
+    "pair",
+    "sample",
     "segment_mean",
     "segment_sum",
     "sequence_logprob",
@@ -36,6 +45,7 @@ __all__ = [
 
 _HOME = {
     "DPOConfig": "config",
+    "EvalConfig": "config",
     "FusedLinearDPOLoss": "fused_loss",
     "FusedLinearSimPOLoss": "fused_loss",
     "FusedLinearORPOLoss": "fused_loss",
@@ -48,6 +58,10 @@ _HOME = {
     "segment_mean": "kernels.segment_sum",
     "segment_sum": "kernels.segment_sum",
     "sequence_logprob": "kernels.logprob",
+    "sample": "curate.sample",
+    "label": "curate.label",
+    "pair": "curate.pair",
+    "evaluate": "evaluation",
     "train": "trainer",
 }
 

@@ -97,7 +97,7 @@ def run_pair(config: PairConfig) -> None:
 
 def run_eval(config: EvalConfig) -> None:
     """`dpo-fast eval`."""
-    from dpo_fast.evaluate import evaluate
+    from dpo_fast.evaluation import evaluate
 
     evaluate(config)
 

@@ -291,13 +291,15 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
         reference: the model that `model` is compared with.
         beta: factor of the implicit reward.
         prompts: file or dataset of prompts that both models answer, judged by `signals`; null compares no answers.
-        out: .json file to write.
+        plain_prompts: give prompts that are strings to the models as they are, without the chat template.
+        out: .json file to write; the answers go beside it, into a file that ends in `.answers.jsonl`.
     """
 
     reference: str = ""
     beta: float = 0.1
     prompts: str | None = None
-    out: str = ""
+    plain_prompts: bool = False
+    out: str | None = None
 
 
 @dataclass

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_fast.config import DPOConfig, TrainingError, UserError
-from dpo_fast.demo_measure import Estimate, Written, bootstrap_interval, compare, parse_shares
+from dpo_fast.demo_measure import Written, compare, parse_shares
 from dpo_fast.demo_task import (
     MAX_LENGTH,
     Answer,
@@ -42,6 +42,7 @@ from dpo_fast.demo_task import (
     prompt_text,
     train_base,
 )
+from dpo_fast.intervals import Estimate, bootstrap_interval
 from dpo_fast.plots import draw_bars, draw_panels, make_figure
 from dpo_fast.progress import progress_line
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each floor may import those before it in the list, and itself where it is a set.
 FLOORS = [
     {"kernels"},
-    {"config"},
+    {"config", "intervals"},
     {"pairs"},
     {"losses"},
     {"objective"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"step"},
     {"trainer", "integrations"},
     {"curate"},
-    {"evaluate", "inspection", "report"},
+    {"evaluation", "inspection", "report"},
     {"demo_task"},
     {"demo_measure"},
     {"demo"},

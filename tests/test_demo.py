@@ -13,7 +13,7 @@ from rich.console import Console
 from dpo_fast.cli import main
 from dpo_fast.config import UserError
 from dpo_fast.demo import MARKER, pair_answers, prepare_folder, run_demo
-from dpo_fast.demo_measure import bootstrap_interval, mean_logps, wilson_interval
+from dpo_fast.demo_measure import mean_logps
 from dpo_fast.demo_task import (
     BREAKAGES,
     Answer,
@@ -25,6 +25,7 @@ from dpo_fast.demo_task import (
     parses,
     prompt_text,
 )
+from dpo_fast.intervals import bootstrap_interval, wilson_interval
 
 FIELDS = {"name": "Ada", "age": 36, "pet": "owl"}
 
