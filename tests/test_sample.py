@@ -62,7 +62,7 @@ def test_log_probs_are_those_of_a_plain_forward(model):
             want = logps.gather(1, torch.tensor(answer)[:, None]).sum().item()
             assert how["logp"] == pytest.approx(want, abs=1e-4)
             checked += 1
-    assert checked >= 30
+    assert checked >= 20
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.7)])
