@@ -18,12 +18,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dpo_fast.batch import Group
 from dpo_fast.checkpoint import write_file_atomically
 from dpo_fast.config import EvalConfig, LabelConfig, SampleConfig, SignalConfig, UserError
+from dpo_fast.curate.generate import SCORED_TOKENS, UNRANKED
 from dpo_fast.curate.label import label_rows
 from dpo_fast.curate.rows import Row, read_objects, write_rows
-from dpo_fast.curate.sample import RESPONSES, answer_rows
+from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows
 from dpo_fast.data import best_fit_decreasing, load_groups
+from dpo_fast.data.tokenize import Tokenizing
 from dpo_fast.intervals import Estimate, bootstrap_interval
 from dpo_fast.model import load_tokenizer
 from dpo_fast.reference import AnswerLogps
@@ -37,8 +40,9 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     """Compare `config.model` with `config.reference`.
 
     Returns:
-        `pairs`: see `pair_figures`, where `data` was given; `answers`: see `answer_figures`, where `prompts` was given.
-        `out` holds the same.
+        `pairs`: see `pair_figures`, where `data` was given; `answers`: see `answer_figures`, where `prompts` was given,
+        and `kl`, how far the model is from the reference in nats an answer, where answers were sampled at temperature 1
+        from the whole distribution. `out` holds the same.
 
     Raises:
         UserError: a mistake in the settings or the data.
@@ -52,6 +56,8 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     if config.prompts:
         rows = write_and_judge(config, console)
         figures["answers"] = answer_figures(*rows)
+        if config.temperature == 1 and config.top_p == 1:
+            figures["answers"]["kl"] = _kl(rows[0], config, console)
         console.print(_answers_table(figures["answers"]))
         if out is not None:
             write_rows(out.with_suffix(".answers.jsonl"), _side_by_side(*rows))
@@ -231,14 +237,41 @@ def _mean(scores: list[float | None]) -> float:
     return float(np.mean(judged)) if judged else np.nan
 
 
+def _kl(rows: list[Row], config: EvalConfig, console: Console) -> dict[str, float]:
+    """KL(model || reference) in nats an answer, as the mean log-ratio over what the model samples, with an interval."""
+    tokenize = Tokenizing(load_tokenizer(config.model, config.chat_template))
+    groups = [
+        Group(
+            number,
+            np.array(tokenize.prompt_ids(row[config.prompt_column], row.get(config.tools_column)), dtype=np.int32),
+            tuple(np.array(how["ids"], dtype=np.int32) for how in row[SAMPLES]),
+            UNRANKED,
+        )
+        for number, row in enumerate(rows)
+    ]
+    packs = best_fit_decreasing([group.num_tokens for group in groups], SCORED_TOKENS)
+    reference, _ = reference_logps(config, config.reference, groups, packs=packs, console=console)
+    ratios = [
+        np.mean(
+            [how["logp"] - logps.astype(np.float64).sum() for how, logps in zip(row[SAMPLES], answers, strict=True)]
+        )
+        for row, answers in zip(rows, reference, strict=True)
+    ]
+    return asdict(bootstrap_interval(np.array(ratios)))
+
+
 def _side_by_side(model: list[Row], reference: list[Row]) -> list[Row]:
     return [
         {
-            **{name: value for name, value in own.items() if name not in (RESPONSES, "samples", "scores", "signals")},
+            **{
+                name: value
+                for name, value in own.items()
+                if name not in (RESPONSES, SAMPLES, "scores", "signals", "signal_errors")
+            },
             **{
                 side: [
                     {"text": text, "score": score, "logp": how["logp"], "finished": how["finished"]}
-                    for text, score, how in zip(row[RESPONSES], row["scores"], row["samples"], strict=True)
+                    for text, score, how in zip(row[RESPONSES], row["scores"], row[SAMPLES], strict=True)
                 ]
                 for side, row in zip(SIDES, (own, ref), strict=True)
             },
@@ -272,6 +305,8 @@ def _answers_table(figures: dict[str, Any]) -> Table:
         table.add_row(name, *cells)
     counts = f"{figures['wins']} won, {figures['ties']} tied, {figures['losses']} lost"
     table.add_row("win rate", _value(figures["win_rate"]), "", counts)
+    if "kl" in figures:
+        table.add_row("nats an answer from the reference (KL)", _value(figures["kl"]), "", "")
     return table
 
 

@@ -36,14 +36,14 @@ class Answer:
 
     Attributes:
         text: without special tokens.
-        logp: nats, of all `num_tokens` tokens, under the model's own distribution.
-        num_tokens: with the end token.
+        ids: its tokens, with the end token.
+        logp: nats, of all tokens, under the model's own distribution.
         finished: whether an end token came before `max_new_tokens`.
     """
 
     text: str
+    ids: list[int]
     logp: float
-    num_tokens: int
     finished: bool
 
 
@@ -94,8 +94,8 @@ class TransformersWriter:
         return [
             Answer(
                 text=str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+                ids=ids,
                 logp=logp,
-                num_tokens=len(ids),
                 finished=ids[-1] in self.end_tokens,
             )
             for ids, logp in zip(written, self._score(groups), strict=True)
@@ -189,7 +189,7 @@ class VllmWriter:
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         written = [done.outputs[0] for done in self.engine.generate(inputs, parameters, use_tqdm=False)]
         return [
-            Answer(out.text, float(out.cumulative_logprob), len(out.token_ids), out.finish_reason == "stop")
+            Answer(out.text, list(out.token_ids), float(out.cumulative_logprob), out.finish_reason == "stop")
             for out in written
         ]
 

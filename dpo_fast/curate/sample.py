@@ -82,10 +82,11 @@ def sample_rows(
 
 
 def without_duplicates(row: Row) -> Row:
-    """The row with each of its answers once; `copies` says how many times it was sampled."""
+    """The row with each of its answers once and without token ids; `copies` says how many times it was sampled."""
     kept: dict[str, Row] = {}
     for text, sampled in zip(row[RESPONSES], row[SAMPLES], strict=True):
-        kept.setdefault(text, sampled | {"copies": 0})["copies"] += 1
+        figures = {name: value for name, value in sampled.items() if name != "ids"}
+        kept.setdefault(text, figures | {"copies": 0})["copies"] += 1
     return row | {RESPONSES: list(kept), SAMPLES: list(kept.values())}
 
 
@@ -121,7 +122,7 @@ class _Batch:
 def answer_rows(
     rows: Sequence[Row], config: SampleConfig, *, console: Console, log: WorkLog | None = None
 ) -> list[Row]:
-    """The rows with all `num_samples` answers, in the order in which they were sampled, duplicates included.
+    """The rows with all `num_samples` answers in the order of sampling, duplicates and token `ids` included.
 
     With the same seed, settings and tokens the i-th answers of two models come from the same stream of random numbers.
     """
@@ -155,7 +156,7 @@ def answer_rows(
         for i, answer in zip(batch.prompts, done.results[batch.key], strict=True):
             origin = {"model": batch.model, "temperature": batch.temperature, "seed": batch.seed}
             figures = {name: value for name, value in answer.items() if name != "text"}
-            found[i].append((answer["text"], origin | figures))
+            found[i].append((answer["text"], origin | figures | {"num_tokens": len(answer["ids"])}))
     return [
         row
         | {config.prompt_column: prompt, RESPONSES: [text for text, _ in answers], SAMPLES: [how for _, how in answers]}
