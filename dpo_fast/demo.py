@@ -1,8 +1,8 @@
 """`dpo-fast demo`: the whole loop of preference training in a few minutes, on a CPU, with nothing downloaded.
 
-A small Llama learns a task from scratch, half of it badly (`demo_task`). It answers training prompts, `json.loads`
-says which answers parse, a parsing and a broken answer of one prompt make a preference pair, and DPO trains on the
-pairs. Before and after are measured on prompts that neither stage has seen, from answers that the two models write.
+A small Llama learns a task from scratch, half of it badly (`demo_task`). From there on every stage is a command of this
+program with the settings that its line shows: sample answers, label them by what parses as JSON, pair them, train,
+evaluate on prompts that no stage has seen, report.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import platform
 import random
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +27,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_fast.config import DPOConfig, TrainingError, UserError
-from dpo_fast.demo_measure import Written, compare, parse_shares
+from dpo_fast.config import (
+    DPOConfig,
+    EvalConfig,
+    InspectConfig,
+    LabelConfig,
+    PairConfig,
+    ReportConfig,
+    SampleConfig,
+    TrainingError,
+    UserError,
+)
+from dpo_fast.curate.label import run_label
+from dpo_fast.curate.pair import run_pair
+from dpo_fast.curate.rows import write_rows
+from dpo_fast.curate.sample import run_sample
 from dpo_fast.demo_task import (
     MAX_LENGTH,
-    Answer,
+    MAX_NEW_TOKENS,
     BaseSize,
     Fields,
     example_answer,
-    generate,
     make_model,
     make_prompts,
     make_tokenizer,
@@ -42,26 +55,30 @@ from dpo_fast.demo_task import (
     prompt_text,
     train_base,
 )
-from dpo_fast.intervals import Estimate, bootstrap_interval
+from dpo_fast.evaluation import evaluate
+from dpo_fast.inspection import inspect_rows
+from dpo_fast.intervals import Estimate
 from dpo_fast.plots import draw_bars, draw_panels, make_figure
 from dpo_fast.progress import progress_line
+from dpo_fast.report import write_report
+from dpo_fast.trainer import TrainResult, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpo_fast.trainer import TrainResult
-
 MARKER = ".dpo-fast-demo"
 STORE = "reference.sqlite"
 OUTPUTS = (
-    *("base", "pairs.jsonl", STORE, f"{STORE}-shm", f"{STORE}-wal", "run"),
-    *("samples.jsonl", "plot.png", "summary.json"),
+    *("base", "prompts.jsonl", "held_out_prompts.jsonl", "samples.jsonl", "labelled.jsonl", "pairs.jsonl"),
+    *("held_out_pairs.jsonl", STORE, f"{STORE}-shm", f"{STORE}-wal", "run", "inspect.html", "plot.png", "summary.json"),
+    *(f"{name}.{kind}" for name in ("eval", "eval_greedy") for kind in ("json", "answers.jsonl")),
 )
-TEMPERATURE = 1.0
 POOL = 4000
 SHOWN_SAMPLES = 4
 SHOWN_SETTINGS = ("loss_type", "beta", "learning_rate", "num_train_epochs", "per_device_train_batch_size")
 SHOWN_PACKAGES = ("dpo-fast", "torch", "transformers")
+# What answers are trained for, and what is measured beside it, with weight 0.
+PARSES, RIGHT = "json:object", "python:dpo_fast.demo_task:is_right"
 RATE_LABELS = {
     "sampled_parse": "sampled answers that parse",
     "greedy_parse": "greedy answers that parse",
@@ -82,7 +99,7 @@ class Size:
         pair_prompts: training prompts that the base model answers.
         answers: sampled answers of each of them.
         held_out: prompts of the measurement.
-        samples: sampled answers of each of them, before and after.
+        samples: sampled answers of each of them, by each model.
     """
 
     base: BaseSize
@@ -94,23 +111,6 @@ class Size:
 
 FULL = Size(BaseSize(160, 4, steps=400, batch=32), pair_prompts=600, answers=4, held_out=200, samples=4)
 QUICK = Size(BaseSize(96, 2, steps=220, batch=32), pair_prompts=300, answers=4, held_out=100, samples=4)
-
-
-def pair_answers(prompts: Sequence[str], answers: Sequence[Sequence[Answer]]) -> tuple[list[dict[str, str]], int]:
-    """Preference rows: for each prompt its first answer that parses against its first that does not.
-
-    Returns:
-        The rows in the form of `dpo-fast train --data`, and how many prompts gave none because all their answers
-        parse or none does.
-    """
-    rows = []
-    for prompt, written in zip(prompts, answers, strict=True):
-        texts = [answer.text for answer in written]
-        chosen = next((text for text in texts if parses(text)), None)
-        rejected = next((text for text in texts if not parses(text)), None)
-        if chosen is not None and rejected is not None:
-            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return rows, len(prompts) - len(rows)
 
 
 def prepare_folder(out: Path) -> None:
@@ -166,41 +166,45 @@ class _Demo:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
-        from transformers import AutoModelForCausalLM
-
         size, rng = self.size, random.Random(self.seed)
         torch.manual_seed(self.seed)
         prompts = make_prompts(size.held_out + size.pair_prompts + POOL, rng)
-        held_out = prompts[: size.held_out]
-        pair_prompts = prompts[size.held_out : -POOL]
+        self.write_prompts("held_out_prompts.jsonl", prompts[: size.held_out])
+        self.write_prompts("prompts.jsonl", prompts[size.held_out : -POOL])
         self.say(INTRODUCTION)
         with self.stage(
-            "1. base model", "a small Llama learns, from scratch, to write JSON - from examples often broken"
+            "1. base model", "a small Llama learns, from scratch, to write JSON - from broken examples, too"
         ):
-            base, tokenizer, base_figures = self.make_base(rng.choices(prompts[-POOL:], k=size.base.num_examples), rng)
-        with self.stage("2. preference pairs", "it answers training prompts, and json.loads says which answers parse"):
-            pair_figures = self.make_pairs(base, tokenizer, [prompt_text(fields) for fields in pair_prompts])
-        with self.stage("3. before", f"it answers {size.held_out} prompts that no training sees"):
-            before = self.write(base, tokenizer, held_out)
-        with self.stage("4. DPO", "as `dpo-fast train --model base --data pairs.jsonl` does it"):
-            config, result, model_dir = self.train()
-        with self.stage("5. after", "the trained model answers the same prompts with the same seed"):
-            trained = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-            after = self.write(trained, tokenizer, held_out)
-            figures = compare(base, trained, tokenizer, held_out, before, after)
+            base = self.make_base(rng.choices(prompts[-POOL:], k=size.base.num_examples), rng)
+        with self.stage("2. sample", "it answers training prompts, several times each"):
+            self.command("sample", run_sample, self.sampling())
+        with self.stage("3. label", "json.loads says which answers parse; whether they are right is measured as well"):
+            self.command("label", run_label, self.labelling())
+        with self.stage("4. pair", "an answer that parses against one of the same prompt that does not"):
+            pairs = self.make_pairs()
+        with self.stage("5. train", "the base model's log-probs are stored once, then DPO"):
+            config, result = self.train()
+        with self.stage("6. evaluate", f"both models answer {size.held_out} prompts that no training has seen"):
+            figures = self.evaluate()
+        with self.stage("7. report", "what was learned, and by which words"):
+            self.report(result)
         summary = {
             "seed": self.seed,
             "size": asdict(size),
-            "base": base_figures,
-            "pairs": pair_figures,
+            "base": base,
+            "pairs": pairs,
             "dpo": {"steps": result.step, **{name: getattr(config, name) for name in SHOWN_SETTINGS}},
             **figures,
             "seconds": self.seconds,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in SHOWN_PACKAGES}},
         }
-        self.save(summary, result.metrics, held_out, before, after)
-        self.report(summary, held_out, before, after)
+        plot_demo(summary, result.metrics, self.path("plot.png"))
+        self.path("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self.conclude(summary)
         return summary
+
+    def path(self, name: str) -> Path:
+        return self.out / name
 
     def say(self, text: str) -> None:
         """Print plain text: answers are full of brackets, which rich would read as markup."""
@@ -214,17 +218,22 @@ class _Demo:
         self.seconds[name.split(". ")[-1]] = round(time.perf_counter() - start, 2)
         self.console.print(Text(f"{self.seconds[name.split('. ')[-1]]:.1f} s", style="dim"))
 
-    def make_base(
-        self, prompts: Sequence[Fields], rng: random.Random
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    def command(self, name: str, run: Any, config: Any) -> Any:
+        """Show a stage as the command that does the same, and run it."""
+        self.console.print(Text(command_line(name, config), style="dim"), soft_wrap=True)
+        return run(config, console=self.console)
+
+    def write_prompts(self, name: str, prompts: Sequence[Fields]) -> None:
+        write_rows(self.path(name), [{"prompt": prompt_text(one), "fields": one} for one in prompts])
+
+    def make_base(self, prompts: Sequence[Fields], rng: random.Random) -> dict[str, Any]:
         """Train the base model and write `base/`."""
-        examples = [(prompt_text(fields), example_answer(fields, rng)) for fields in prompts]
+        examples = [(prompt_text(one), example_answer(one, rng)) for one in prompts]
         tokenizer = make_tokenizer([prompt + answer for prompt, answer in examples])
         model = make_model(tokenizer, self.size.base)
         with progress_line(self.console, "base model", self.size.base.steps) as line:
             loss = train_base(model, tokenizer, examples, self.size.base, line.advance)
-        model.save_pretrained(self.out / "base")
-        tokenizer.save_pretrained(self.out / "base")
+        save_model(model, tokenizer, self.path("base"))
         figures = {
             "parameters": model.num_parameters(),
             "examples": len(examples),
@@ -235,48 +244,59 @@ class _Demo:
             f"{figures['parameters'] / 1e6:.2f}M parameters, {len(examples)} examples of which "
             f"{figures['examples_that_parse']:.0%} parse, final loss {loss:.3f}"
         )
-        return model, tokenizer, figures
+        return figures
 
-    def make_pairs(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
-    ) -> dict[str, Any]:
-        """Sample, label, pair, and write `pairs.jsonl`."""
-        size = self.size
-        answers = generate(model, tokenizer, prompts, samples=size.answers, temperature=TEMPERATURE, seed=self.seed)
-        rows, num_alike = pair_answers(prompts, answers)
-        if not rows:
+    def sampling(self) -> SampleConfig:
+        """Temperature 1 is the default: the model's own distribution."""
+        return SampleConfig(
+            model=str(self.path("base")),
+            data=str(self.path("prompts.jsonl")),
+            out=str(self.path("samples.jsonl")),
+            num_samples=self.size.answers,
+            max_new_tokens=MAX_NEW_TOKENS,
+            generation_batch_size=256,
+            device="cpu",
+            seed=self.seed,
+        )
+
+    def labelling(self) -> LabelConfig:
+        return LabelConfig(
+            data=str(self.path("samples.jsonl")),
+            out=str(self.path("labelled.jsonl")),
+            signals=[PARSES, RIGHT],
+            signal_weights=[1.0, 0.0],
+        )
+
+    def make_pairs(self) -> dict[str, int]:
+        """Write `pairs.jsonl` and `held_out_pairs.jsonl`, and show a pair."""
+        config = PairConfig(
+            data=str(self.path("labelled.jsonl")),
+            out=str(self.path("pairs.jsonl")),
+            eval_out=str(self.path("held_out_pairs.jsonl")),
+            eval_split=0.1,
+            seed=self.seed,
+        )
+        try:
+            self.command("pair", run_pair, config)
+        except UserError as error:
             raise TrainingError(
                 "the base model's answers all parse or all fail, so there is nothing to compare: try another --seed"
-            )
-        (self.out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.say(
-            f"{len(prompts)} prompts x {size.answers} answers: {len(rows)} pairs; {num_alike} prompts whose answers "
-            "all parse or all fail give none. For example"
-        )
-        self.say("\n".join(f"  {name:<8} {text.strip()}" for name, text in rows[0].items()))
-        return {"prompts": len(prompts), "answers": len(prompts) * size.answers, "pairs": len(rows), "alike": num_alike}
+            ) from error
+        rows = read_lines(self.path("pairs.jsonl"))
+        self.say("\n".join(f"  {name:<8} {rows[0][name].strip()}" for name in ("prompt", "chosen", "rejected")))
+        return {
+            "prompts": self.size.pair_prompts,
+            "pairs": len(rows),
+            "held_out": len(read_lines(self.path("held_out_pairs.jsonl"))),
+        }
 
-    def write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[Fields]) -> Written:
-        """Answer the held-out prompts, by sampling and greedily."""
-        prompts = [prompt_text(fields) for fields in held_out]
-        # Another seed than the pairs', the same before and after.
-        sampled = generate(
-            model, tokenizer, prompts, samples=self.size.samples, temperature=TEMPERATURE, seed=self.seed + 1
-        )
-        greedy = [answers[0] for answers in generate(model, tokenizer, prompts, temperature=0)]
-        written = Written(sampled, greedy)
-        self.say(f"{bootstrap_interval(parse_shares(written)).percent()} of the sampled answers parse")
-        return written
-
-    def train(self) -> tuple[DPOConfig, TrainResult, Path]:
-        """Train on `pairs.jsonl`, a tenth held out, exactly as a user would."""
-        from dpo_fast.trainer import train
-
+    def train(self) -> tuple[DPOConfig, TrainResult]:
         config = DPOConfig(
-            model=str(self.out / "base"),
-            data=str(self.out / "pairs.jsonl"),
-            output_dir=str(self.out / "run"),
-            reference_store=str(self.out / STORE),
+            model=str(self.path("base")),
+            data=str(self.path("pairs.jsonl")),
+            eval_data=str(self.path("held_out_pairs.jsonl")),
+            output_dir=str(self.path("run")),
+            reference_store=str(self.path(STORE)),
             device="cpu",
             max_length=MAX_LENGTH,
             beta=0.5,
@@ -285,80 +305,125 @@ class _Demo:
             warmup_steps=0.1,
             num_train_epochs=4,
             per_device_train_batch_size=8,
-            eval_split=0.1,
             eval_steps=20,
             save_steps=0,
             seed=self.seed,
         )
-        result = train(config, console=self.console)
+        result = self.command("train", train, config)
         if result.model_dir is None:
             raise KeyboardInterrupt
-        return config, result, result.model_dir
+        return config, result
 
-    def save(
-        self,
-        summary: dict[str, Any],
-        metrics: list[dict[str, Any]],
-        held_out: Sequence[Fields],
-        before: Written,
-        after: Written,
-    ) -> None:
-        """Write `samples.jsonl`, `plot.png` and, last, `summary.json`."""
-        samples = [
-            {
-                "prompt": prompt_text(fields),
-                **{
-                    name: {"greedy": written.greedy[i].text, "sampled": [answer.text for answer in written.sampled[i]]}
-                    for name, written in (("before", before), ("after", after))
-                },
-            }
-            for i, fields in enumerate(held_out)
-        ]
-        (self.out / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-        plot_demo(summary, metrics, self.out / "plot.png")
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    def evaluate(self) -> dict[str, Any]:
+        """Sampled answers and held-out pairs, then the likeliest answers."""
+        config = EvalConfig(
+            model=str(self.path("run/final")),
+            reference=str(self.path("base")),
+            data=str(self.path("held_out_pairs.jsonl")),
+            prompts=str(self.path("held_out_prompts.jsonl")),
+            out=str(self.path("eval.json")),
+            signals=[PARSES, RIGHT],
+            signal_weights=[1.0, 0.0],
+            beta=0.5,
+            num_samples=self.size.samples,
+            max_new_tokens=MAX_NEW_TOKENS,
+            generation_batch_size=256,
+            reference_store=str(self.path(STORE)),
+            max_length=MAX_LENGTH,
+            device="cpu",
+            seed=self.seed + 1,
+        )
+        sampled = self.command("eval", evaluate, config)
+        greedy = EvalConfig(
+            **asdict(config)
+            | {"data": "", "temperature": 0.0, "num_samples": 1, "out": str(self.path("eval_greedy.json"))}
+        )
+        likeliest = self.command("eval", evaluate, greedy)
+        found = {
+            "sampled_parse": sampled["answers"]["signals"][PARSES],
+            "greedy_parse": likeliest["answers"]["signals"][PARSES],
+            "sampled_right": sampled["answers"]["signals"][RIGHT],
+        }
+        return {
+            "before": {name: one["reference"] for name, one in found.items()},
+            "after": {name: one["model"] for name, one in found.items()},
+            "rise": found["sampled_parse"]["rise"],
+            "win_rate": sampled["answers"]["win_rate"],
+            "kl_to_base": sampled["answers"]["kl"],
+            "held_out_pairs": sampled["pairs"],
+        }
 
-    def report(self, summary: dict[str, Any], held_out: Sequence[Fields], before: Written, after: Written) -> None:
+    def report(self, result: TrainResult) -> None:
+        """`run/report.html` and `inspect.html`."""
+        config = InspectConfig(
+            model=str(result.model_dir),
+            reference=str(self.path("base")),
+            data=str(self.path("held_out_pairs.jsonl")),
+            out=str(self.path("inspect.html")),
+            rows=[0],
+            beta=0.5,
+            reference_store=str(self.path(STORE)),
+            max_length=MAX_LENGTH,
+            device="cpu",
+        )
+        self.command("inspect", inspect_rows, config)
+        self.command("report", write_report, ReportConfig(run=str(self.path("run"))))
+
+    def conclude(self, summary: dict[str, Any]) -> None:
         """Print before and after."""
         self.console.print(figures_table(summary))
-        self.console.print(samples_table(held_out, before, after))
-        kl = Estimate(**summary["kl_to_base"])
-        logps = summary["logps"]
-        change = {kind: logps["after"][kind] - logps["before"][kind] for kind in ("parsing", "broken")}
+        self.console.print(samples_table(read_lines(self.path("eval.answers.jsonl"))[:SHOWN_SAMPLES]))
+        beta, pairs = summary["dpo"]["beta"], summary["held_out_pairs"]
+        chosen, rejected = (pairs[f"reward_{side}"]["value"] / beta for side in ("chosen", "rejected"))
         self.say(
-            f"What changed: of the answers that the base model had written, DPO moved the parsing ones by "
-            f"{change['parsing']:+.2f} nats and the broken ones by {change['broken']:+.2f}. What it cost: the model is "
-            f"{kl.value:.2f} nats an answer away from the base model (KL)."
+            f"What changed: of the base model's own answers in held-out pairs, DPO moved the parsing ones by "
+            f"{chosen:+.2f} nats and the broken ones by {rejected:+.2f}. What it cost: the model is "
+            f"{summary['kl_to_base']['value']:.2f} nats an answer away from the base model (KL)."
         )
         self.say(
-            f"{sum(self.seconds.values()):.0f} s in all. See {self.out / 'plot.png'} and {self.out / 'summary.json'}."
+            f"{sum(self.seconds.values()):.0f} s in all. See {self.path('plot.png')}, {self.path('run/report.html')}, "
+            f"{self.path('inspect.html')} and {self.path('summary.json')}."
         )
+
+
+def command_line(name: str, config: Any) -> str:
+    """The command that does what `config` says; settings at their defaults are left out."""
+    words = [f"dpo-fast {name}"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            words += [f"--{field.name}", shlex.quote(json.dumps(value) if isinstance(value, list) else str(value))]
+    return " ".join(words)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def figures_table(summary: dict[str, Any]) -> Table:
-    """Shares and log-probs before and after."""
+    """Shares before and after."""
     table = Table(title="on held-out prompts, with 95% intervals", title_justify="left", box=box.SIMPLE)
     for name in ("", "before", "after"):
         table.add_column(name, justify="left" if name == "" else "right")
     for name, label in RATE_LABELS.items():
         table.add_row(label, *(Estimate(**summary[when][name]).percent() for when in ("before", "after")))
-    for kind in ("parsing", "broken"):
-        row = [summary["logps"][when] for when in ("before", "after")]
-        table.add_row(
-            f"log-prob of the base model's {kind} answers (a token)",
-            *(f"{logps[kind]:.2f} ({logps[kind + '_per_token']:.3f})" for logps in row),
-        )
     return table
 
 
-def samples_table(held_out: Sequence[Fields], before: Written, after: Written) -> Table:
+def samples_table(rows: list[dict[str, Any]]) -> Table:
     """Some prompts' first sampled answers side by side."""
     table = Table(title="sampled answers", title_justify="left", box=box.SIMPLE)
     for name in ("prompt", "before", "after"):
         table.add_column(name, overflow="fold")
-    for i in range(SHOWN_SAMPLES):
-        answers = (written.sampled[i][0].text for written in (before, after))
-        table.add_row(prompt_text(held_out[i]), *(mark(text) for text in answers))
+    for row in rows:
+        table.add_row(row["prompt"], *(mark(row[side][0]["text"]) for side in ("reference", "model")))
     return table
 
 

@@ -13,9 +13,8 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 96
 MAX_NEW_TOKENS = 40
-ROWS_AT_ONCE = 256
 BROKEN_SHARE = 0.2
 LONG_TRAILING_COMMA_SHARE = 0.55
 IGNORED_LABEL = -100
@@ -57,14 +55,6 @@ class BaseSize:
     def num_examples(self) -> int:
         """Examples of all steps."""
         return self.steps * self.batch
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote: text without the end token, token ids with it."""
-
-    text: str
-    ids: list[int]
 
 
 def make_prompts(count: int, rng: random.Random) -> list[Fields]:
@@ -115,16 +105,16 @@ def example_answer(fields: Fields, rng: random.Random) -> str:
 
 
 def parses(text: str) -> bool:
-    """Whether an answer is a JSON object: the property that the demo trains for."""
+    """Whether an answer is a JSON object, as the signal `json:object` says it."""
     try:
         return isinstance(json.loads(text), dict)
     except ValueError:
         return False
 
 
-def is_right(text: str, fields: Fields) -> bool:
-    """Whether an answer parses and holds exactly the fields asked for: measured, never trained for."""
-    return parses(text) and json.loads(text) == fields
+def is_right(answer: str, row: dict[str, Any]) -> bool:
+    """The signal `python:dpo_fast.demo_task:is_right`: an answer holds exactly the fields that its prompt asks for."""
+    return parses(answer) and bool(json.loads(answer) == row["fields"])
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
@@ -222,59 +212,3 @@ def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[Ten
         ids[i, :end] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : end] = torch.tensor(answer)
     return ids, labels
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    samples: int = 1,
-    temperature: float,
-    seed: int = 0,
-) -> list[list[Answer]]:
-    """Answers to each prompt: `samples` from the whole distribution at `temperature`; the likeliest tokens at 0."""
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        do_sample=temperature > 0,
-        max_new_tokens=MAX_NEW_TOKENS,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-    )
-    torch.manual_seed(seed)
-    texts = [prompt for prompt in prompts for _ in range(samples)]
-    answers = []
-    for start in range(0, len(texts), ROWS_AT_ONCE):
-        batch = tokenizer(texts[start : start + ROWS_AT_ONCE], padding=True, padding_side="left", return_tensors="pt")
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        rows: Tensor = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
-        written = rows[:, inputs["input_ids"].shape[1] :]
-        answers += [_read_answer(row, tokenizer) for row in written.tolist()]
-    return [answers[i : i + samples] for i in range(0, len(answers), samples)]
-
-
-def _read_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    eos = tokenizer.eos_token_id
-    if eos in ids:
-        ids = ids[: ids.index(eos) + 1]
-    return Answer(str(tokenizer.decode([i for i in ids if i != eos])), ids)
-
-
-@torch.no_grad()
-def answer_logps(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[Answer]
-) -> np.ndarray:
-    """(B,) fp64 summed log-probs of answers given their prompts, by transformers' own forward."""
-    prompt_ids = tokenizer(list(prompts))["input_ids"]
-    rows = [(prompt, answer.ids) for prompt, answer in zip(prompt_ids, answers, strict=True)]
-    sums = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        ids, labels = pad_rows(rows[start : start + ROWS_AT_ONCE], tokenizer.pad_token_id)
-        logps = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
-        wanted = labels[:, 1:]
-        token_logps = logps.gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
-        sums.append(token_logps.where(wanted != IGNORED_LABEL, 0).sum(1).numpy())
-    return np.concatenate(sums)

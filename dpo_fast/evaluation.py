@@ -119,8 +119,8 @@ def pair_figures(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray], 
     rewards = [beta * (own - ref) for own, ref in zip(policy, reference, strict=True)]
     margins = [chosen_rejected[:, 0] - chosen_rejected[:, 1] for chosen_rejected in rewards]
 
-    def interval(values: Sequence[np.ndarray]) -> dict[str, float]:
-        return asdict(bootstrap_interval(np.array([row.mean() for row in values])))
+    def interval(values: Sequence[np.ndarray], *, share: bool = False) -> dict[str, float]:
+        return asdict(bootstrap_interval(np.array([row.mean() for row in values]), share=share))
 
     # A tie is neither right nor wrong: it counts half.
     def wins(difference: np.ndarray) -> np.ndarray:
@@ -129,13 +129,13 @@ def pair_figures(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray], 
     return {
         "rows": len(margins),
         "pairs": sum(map(len, margins)),
-        "accuracy": interval([wins(margin) for margin in margins]),
+        "accuracy": interval([wins(margin) for margin in margins], share=True),
         "margin": interval(margins),
         "loss": interval([np.logaddexp(0, -margin) for margin in margins]),
         "reward_chosen": interval([reward[:, 0] for reward in rewards]),
         "reward_rejected": interval([reward[:, 1] for reward in rewards]),
-        "policy_prefers_chosen": interval([wins(row[:, 0] - row[:, 1]) for row in policy]),
-        "reference_prefers_chosen": interval([wins(row[:, 0] - row[:, 1]) for row in reference]),
+        "policy_prefers_chosen": interval([wins(row[:, 0] - row[:, 1]) for row in policy], share=True),
+        "reference_prefers_chosen": interval([wins(row[:, 0] - row[:, 1]) for row in reference], share=True),
         "calibration": calibration(np.concatenate(margins)),
     }
 
@@ -205,7 +205,7 @@ def answer_figures(model: list[Row], reference: list[Row]) -> dict[str, Any]:
     return {
         "prompts": len(model),
         "answers": len(flat),
-        "win_rate": asdict(bootstrap_interval(np.array([row.mean() for row in outcomes]))),
+        "win_rate": asdict(bootstrap_interval(np.array([row.mean() for row in outcomes]), share=True)),
         **{name: int((flat == value).sum()) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))},
         "score": _compared([row["scores"] for row in model], [row["scores"] for row in reference]),
         "signals": {
@@ -228,8 +228,13 @@ def _compared(model: list[list[float | None]], reference: list[list[float | None
     means = means[~np.isnan(means).any(1)]
     if not len(means):
         return None
-    columns = {"model": means[:, 0], "reference": means[:, 1], "rise": means[:, 0] - means[:, 1]}
-    return {name: asdict(bootstrap_interval(values)) for name, values in columns.items()}
+    share = all(score in (0, 1, None) for scores in (*model, *reference) for score in scores)
+    found = {
+        "model": bootstrap_interval(means[:, 0], share=share),
+        "reference": bootstrap_interval(means[:, 1], share=share),
+        "rise": bootstrap_interval(means[:, 0] - means[:, 1]),
+    }
+    return {name: asdict(estimate) for name, estimate in found.items()}
 
 
 def _mean(scores: list[float | None]) -> float:

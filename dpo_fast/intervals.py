@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
+
+# Of a 95% interval of the normal distribution.
+_Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -21,18 +23,19 @@ class Estimate:
         return f"{self.value:.0%} [{self.low:.0%}, {self.high:.0%}]"
 
 
-def wilson_interval(successes: int, trials: int) -> Estimate:
-    """Share of independent trials, with Wilson's score interval (JASA 1927), which holds near 0 and 1 too."""
-    z = 1.959964
-    share = successes / trials
-    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return Estimate(share, centre - half, centre + half)
+def bootstrap_interval(per_prompt: np.ndarray, *, share: bool = False, resamples: int = 4000) -> Estimate:
+    """Mean and percentile bootstrap over prompts, since answers to one prompt are not independent.
 
-
-def bootstrap_interval(per_prompt: np.ndarray, *, resamples: int = 4000) -> Estimate:
-    """Mean of a (P,) array; percentile bootstrap over prompts, since answers to one prompt are not independent."""
-    rng = np.random.default_rng(0)
-    means = per_prompt[rng.integers(len(per_prompt), size=(resamples, len(per_prompt)))].mean(1)
+    Args:
+        per_prompt: (P,) one value a prompt.
+        share: values are shares of a whole. Where all of them are 0, or all are 1, resampling would claim certainty;
+            the interval is Wilson's for P trials then (JASA 1927).
+        resamples: drawn with a fixed seed.
+    """
+    value, count = float(per_prompt.mean()), len(per_prompt)
+    if share and value in (0.0, 1.0):
+        width = _Z**2 / (count + _Z**2)
+        return Estimate(value, value * (1 - width), value + (1 - value) * width)
+    means = per_prompt[np.random.default_rng(0).integers(count, size=(resamples, count))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(per_prompt.mean()), float(low), float(high))
+    return Estimate(value, float(low), float(high))

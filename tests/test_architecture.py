@@ -27,7 +27,6 @@ FLOORS = [
     {"curate"},
     {"evaluation", "inspection", "report"},
     {"demo_task"},
-    {"demo_measure"},
     {"demo"},
     {"cli"},
 ]
