@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The Python of README and docs runs as it stands there."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from oracle import save_tiny_checkpoint
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -44,3 +45,13 @@ def test_head_blocks():
     padded = names["loss"]
     exec("loss, metrics" + second, names)
     torch.testing.assert_close(names["loss"], padded, rtol=1e-5, atol=1e-6)
+
+
+def test_curate_block(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "curate.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    save_tiny_checkpoint(tmp_path / "my-model")
+    names = {}
+    exec(block, names)
+    assert set(names["pairs"].column_names) >= {"prompt", "chosen", "rejected"}
+    assert len(names["samples"]) == 2
