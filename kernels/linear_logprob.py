@@ -199,6 +199,8 @@ def _linear_logprob(
 ) -> tuple[Tensor, ...]:
     """Log-probs and, if they are wanted, the figures of `TokenStats`."""
     _check(hidden, weight, target, bias, softcap, temperature)
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget: expected 0 bytes or more, got {memory_budget}")
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         # As autocast has it for a matrix product: inputs in its dtype. What is inside keeps the dtypes it asks for.

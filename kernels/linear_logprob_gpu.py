@@ -48,7 +48,7 @@ FUSED_MAX_DIM = 3072
 AUTOTUNE_MIN_ROWS = 1024
 # fp32 products of a slice: with the exponentials' writes they stay within the 50 MB of L2 of an H100.
 SLICE_BYTES = 32 * 2**20
-# Partial sums of a block of rows, 4·V / BLOCK_N bytes a row.
+# Partial sums of a block of rows, 4·V / BLOCK_N bytes a row, five times that with `TokenStats`.
 PARTIAL_BYTES = 32 * 2**20
 # Exponentials of a block that is not kept.
 SCRATCH_BYTES = 256 * 2**20
@@ -160,7 +160,8 @@ def _scratch_rows(hidden: Tensor, vocab: int) -> int:
 
 def _make_blocks(head: Head, hidden: Tensor, target: Tensor, state: State, rows: slice, kept: Tensor | None) -> None:
     """Odds, anchors and, where there is room, finished exponentials of `rows`, in blocks bounded by their sums."""
-    step = max(PARTIAL_BYTES * FUSED_REDO["BLOCK_N"] // (4 * head.weight.shape[0]) // 128 * 128, 128)
+    row_bytes = (4 if state.sums is None else 20) * -(-head.weight.shape[0] // FUSED_REDO["BLOCK_N"])
+    step = max(PARTIAL_BYTES // row_bytes // 128 * 128, 128)
     for start in range(rows.start, rows.stop, step):
         block = slice(start, min(start + step, rows.stop))
         e = None if kept is None else kept[start - rows.start : block.stop - rows.start]

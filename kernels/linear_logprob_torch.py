@@ -25,8 +25,10 @@ from dpo_fast.kernels.token_stats import StatsSums, TokenStats
 # 2^21 fp32 exponentials, 8 MiB: a share of the last-level cache, and enough for a product at full speed.
 TILE = 2**21
 MAX_ROWS = 1024
-# 2^22 fp32 weights, 16 MiB, is the largest slice of a half-precision head that is converted at a time.
-WEIGHT_TILE = 2**22
+# 2^21 fp32 weights, 8 MiB, is the largest slice of a half-precision head that is converted at a time.
+WEIGHT_TILE = 2**21
+# 2^20 fp64 numbers, 8 MiB, are what fp64 gets of rows or weights at a time.
+EXACT_TILE = 2**20
 # 32 nats against the target. Beyond, fp32's roundings of z - z_y would show in the fifth digit behind the point: such
 # rows, which are very rare, are made again in fp64 with their largest logit as anchor.
 MAX_ODDS = 2.0**46
@@ -75,7 +77,9 @@ class Head:
 
     def target_logits(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """(R,) fp64 logit of every row's target and its slope: one dot product a row, before any tile is made."""
-        product = (hidden.double() * self.weight[target].double()).sum(1)
+        step = max(EXACT_TILE // hidden.shape[1], 1)
+        pieces = zip(hidden.split(step), target.split(step), strict=True)
+        product = torch.cat([(rows.double() * self.weight[ids].double()).sum(1) for rows, ids in pieces])
         if self.bias is not None:
             product += self.bias[target].double()
         product *= self.scale if self.softcap is None else 1 / self.softcap
@@ -175,13 +179,28 @@ def log1p_odds(odds: Tensor, shift: Tensor) -> Tensor:
 def _sum_exponentials(head: Head, hidden: Tensor, target: Tensor, state: State) -> None:
     for columns in state.columns:
         weight, bias = head.tile(columns)
-        for k, block in enumerate(state.blocks):
-            rows, tile = hidden[block].to(head.dtype), state.tile(k, columns)
-            labels = target[block] - columns.start
-            sums = None if state.sums is None else state.sums.rows(block)
-            state.odds[block] += _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels, sums)
-            if state.unit_grad is not None:
-                state.unit_grad[block].addmm_(tile, weight)
+        for k in range(len(state.blocks)):
+            _add_tile(head, hidden, target, state, k, columns, weight, bias)
+
+
+def _add_tile(
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    state: State,
+    k: int,
+    columns: slice,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """Add a tile of block k to what is summed; its converted rows are gone before the next one's are made."""
+    block = state.blocks[k]
+    rows, tile = hidden[block].to(head.dtype), state.tile(k, columns)
+    labels = target[block] - columns.start
+    sums = None if state.sums is None else state.sums.rows(block)
+    state.odds[block] += _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels, sums)
+    if state.unit_grad is not None:
+        state.unit_grad[block].addmm_(tile, weight)
 
 
 def _exponentials_(
@@ -230,18 +249,26 @@ def _reanchor(head: Head, hidden: Tensor, target: Tensor, state: State, k: int) 
     Returns:
         Their places in the block.
     """
+    lost = (~(state.odds[state.blocks[k]] <= MAX_ODDS)).nonzero()[:, 0]
+    widest = max(hidden.shape[1], state.columns[0].stop)
+    for some in lost.split(max(EXACT_TILE // widest, 1)):
+        if some.numel():
+            _reanchor_rows(head, hidden, target, state, k, some)
+    return lost
+
+
+def _reanchor_rows(head: Head, hidden: Tensor, target: Tensor, state: State, k: int, lost: Tensor) -> None:
+    """`_reanchor` for the rows at the places `lost`."""
     block = state.blocks[k]
-    lost = (~(state.odds[block] <= MAX_ODDS)).nonzero()[:, 0]
-    if lost.numel() == 0:
-        return lost
     exact = replace(head, dtype=torch.float64)
     rows = hidden[block][lost].double()
     peak = torch.full_like(rows[:, 0], -torch.inf)
     for columns in state.columns:
-        weight, bias = exact.tile(columns)
-        tile = rows.new_empty(rows.shape[0], weight.shape[0])
-        exact.logits_(tile, rows, weight, bias)
-        peak = torch.maximum(peak, tile.amax(1))
+        for part in _exact_parts(head, columns):
+            weight, bias = exact.tile(part)
+            tile = rows.new_empty(rows.shape[0], weight.shape[0])
+            exact.logits_(tile, rows, weight, bias)
+            peak = torch.maximum(peak, tile.amax(1))
     state.anchor[block][lost] = peak.to(head.dtype)
     odds, unit_grad = torch.zeros_like(peak), torch.zeros_like(rows)
     sums = None if state.sums is None else StatsSums.zeros_like(peak)
@@ -251,13 +278,20 @@ def _reanchor(head: Head, hidden: Tensor, target: Tensor, state: State, k: int) 
         if k < len(state.kept):
             state.tile(k, columns)[lost] = tile.to(head.dtype)
         if state.unit_grad is not None:
-            unit_grad.addmm_(tile, exact.tile(columns)[0])
+            for part in _exact_parts(head, columns):
+                inside = slice(part.start - columns.start, part.stop - columns.start)
+                unit_grad.addmm_(tile[:, inside], exact.tile(part)[0])
     state.odds[block][lost] = odds.to(head.dtype)
     if state.sums is not None and sums is not None:
         state.sums.rows(block).put(lost, sums)
     if state.unit_grad is not None:
         state.unit_grad[block][lost] = unit_grad.to(head.dtype)
-    return lost
+
+
+def _exact_parts(head: Head, columns: slice) -> list[slice]:
+    """A tile's columns in parts whose weights are small in fp64, too."""
+    width = max(EXACT_TILE // head.weight.shape[1], 64)
+    return [slice(start, min(start + width, columns.stop)) for start in range(columns.start, columns.stop, width)]
 
 
 def _exact_tile(
@@ -273,10 +307,12 @@ def _exact_tile(
     """A tile of the rows `lost` of block k in fp64, and its sums."""
     block = state.blocks[k]
     exact = replace(head, dtype=torch.float64)
-    weight, bias = exact.tile(columns)
-    rows, labels = hidden[block][lost].double(), target[block][lost] - columns.start
-    tile = rows.new_empty(rows.shape[0], weight.shape[0])
-    return tile, _exponentials_(tile, exact, rows, weight, bias, state.anchor[block][lost].double(), labels, sums)
+    rows, labels, anchor = hidden[block][lost].double(), target[block][lost], state.anchor[block][lost].double()
+    tile, odds = rows.new_empty(rows.shape[0], columns.stop - columns.start), torch.zeros_like(anchor)
+    for part in _exact_parts(head, columns):
+        out = tile[:, part.start - columns.start : part.stop - columns.start]
+        odds += _exponentials_(out, exact, rows, *exact.tile(part), anchor, labels - part.start, sums)
+    return tile, odds
 
 
 def _target_entries(head: Head, hidden: Tensor, target: Tensor, state: State, block: slice) -> Tensor:

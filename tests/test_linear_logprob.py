@@ -1,4 +1,5 @@
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_fast.kernels import linear_logprob_torch
-from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref
+from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref, linear_logprob_with_stats
 
 
 def make(n, v, d, *, dtype=torch.double, spread=1.0, seed=0, bias=False):
@@ -136,31 +137,59 @@ def test_frozen_parts_have_no_gradient_and_scoring_keeps_nothing():
         assert linear_logprob(**tensors, target=target).grad_fn is None
 
 
-class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest tensor, and the most bytes of fresh tensors alive, while it is on."""
+class Memory(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of tensors made while it is on: the most that were alive at once, and of the largest."""
 
-    def __init__(self):
+    def __init__(self, *known):
         super().__init__()
-        self.largest = 0
+        self.alive = {x.untyped_storage()._cdata: 0 for x in known}
+        self.now = self.peak = self.largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes())
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+                self.now += storage.nbytes()
+                self.peak, self.largest = max(self.peak, self.now), max(self.largest, storage.nbytes())
         return out
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key, 0)
 
 
 def test_no_large_tensor_is_made():
     n, v, d = 300, 50_000, 16
     tensors, target = make(n, v, d, dtype=torch.float32)
     full = n * v * 4
-    with Allocations() as scoring, torch.no_grad():
+    with Memory() as scoring, torch.no_grad():
         linear_logprob(**tensors, target=target)
     assert scoring.largest <= linear_logprob_torch.TILE * 4 < full / 7
-    with Allocations() as training:
+    with Memory() as training:
         linear_logprob(**tensors, target=target, memory_budget=full // 4).sum().backward()
     assert training.largest <= full // 4
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "d", "dtype", "spread", "options"),
+    [
+        (1024, 12_000, 64, torch.float32, 1, {"softcap": 30.0}),
+        (1024, 600, 4096, torch.float32, 1, {}),
+        (1024, 1200, 4096, torch.bfloat16, 1, {"softcap": 30.0}),
+        (4, 50_000, 256, torch.float32, 100, {}),
+        (1024, 4000, 1024, torch.float32, 100, {"softcap": 300.0}),
+        (1024, 1200, 4096, torch.bfloat16, 100, {}),
+    ],
+)
+@pytest.mark.parametrize("function", [linear_logprob, linear_logprob_with_stats])
+def test_scoring_takes_64_mib_at_most(n, v, d, dtype, spread, options, function):
+    """Also with rows out of range, which are made again in fp64, and whatever the sizes."""
+    tensors, target = make(n, v, d, dtype=dtype, spread=spread)
+    with Memory(*tensors.values(), target) as memory, torch.no_grad():
+        function(**tensors, target=target, **options)
+    print(f"{memory.peak / 2**20:.0f} MiB")
+    assert memory.peak < 64 * 2**20
 
 
 def test_same_bits_every_time():
@@ -193,6 +222,28 @@ def test_infinite_weights_are_log_softmaxs():
     torch.testing.assert_close(linear_logprob(**tensors, target=torch.tensor([0, 1])), want)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_bad_row_spoils_no_other(bad, frozen):
+    """Its own log-prob is NaN, and so is all that it is summed into; other rows keep theirs."""
+    tensors, target = make(11, 67, 5, dtype=torch.float32)
+    if frozen:
+        tensors["weight"].requires_grad_(False)
+    wanted = [x for x in tensors.values() if x.requires_grad]
+    good = torch.arange(11) != 6
+    clean = linear_logprob(**tensors, target=target)
+    clean_grads = torch.autograd.grad(clean.sum(), wanted)
+    with torch.no_grad():
+        tensors["hidden"][6, 3] = bad
+    got = linear_logprob(**tensors, target=target)
+    grads = torch.autograd.grad(got.sum(), wanted)
+    assert got[6].isnan()
+    assert torch.equal(got[good], clean[good])
+    assert torch.equal(grads[0][good], clean_grads[0][good])
+    assert frozen or grads[1].isnan().any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -205,6 +256,7 @@ def test_infinite_weights_are_log_softmaxs():
         ({"softcap": 0.0}, "softcap: expected a positive"),
         ({"temperature": -1.0}, "temperature: expected a positive"),
         ({"backend": "cuda"}, "backend: expected"),
+        ({"memory_budget": -1}, "memory_budget: expected 0 bytes or more, got -1"),
     ],
 )
 def test_mistakes_are_named(change, message):
