@@ -50,7 +50,8 @@ def forward(logits_NV: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         # Where only the target is possible the maximum is -inf, and -inf - -inf is no number.
         peak = tile.amax(1).clamp_(min=torch.finfo(dtype).min)
         odds = tile.sub_(peak[:, None]).exp_().sum(1)
-        logp[rows] = -log1p_odds(odds, peak - z_target)
+        # As in log_softmax, an infinite logit is no number, the target's own, too: it is an overflow somewhere before.
+        logp[rows] = torch.where(z_target == torch.inf, torch.nan, -log1p_odds(odds, peak - z_target))
         lse[rows] = z_target - logp[rows]
     return torch.where(target >= 0, logp, 0.0), lse
 
@@ -102,7 +103,8 @@ def logprob(logits: Tensor, target: Tensor, *, inplace_backward: bool = False, b
             once.
 
     Returns:
-        (...) in fp32 (fp64 for fp64 logits), differentiable once.
+        (...) in fp32 (fp64 for fp64 logits), differentiable once. Infinities follow PyTorch's log_softmax: a logit of
+        +inf gives NaN, one of -inf has probability 0.
 
     Raises:
         ValueError: shapes or dtypes do not fit, a target is not below V, or `inplace_backward` is asked for

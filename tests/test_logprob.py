@@ -26,6 +26,15 @@ def test_value_and_gradient_are_torchs_in_fp64(shape):
     torch.testing.assert_close(grad, true_grad, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("_slices")
+def test_gradcheck():
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(4, 7, dtype=torch.double)).requires_grad_()
+    target = torch.tensor([6, -1, 0, 3])
+    for function in (logprob, logprob_ref):
+        assert torch.autograd.gradcheck(lambda z, f=function: f(z, target), (logits,))
+
+
 def test_masked_rows_are_zero_and_silent():
     logits = torch.randn(3, 5, requires_grad=True)
     logp = logprob(logits, torch.tensor([1, -100, -1]))
@@ -51,10 +60,16 @@ def test_error_is_fp32s_whatever_the_logits(dtype):
 
 
 def test_extreme_logits():
-    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [torch.inf, 0, 0], [-torch.inf, 0, 0]])
-    got = logprob(logits, torch.zeros(4, dtype=torch.int64))
-    assert got[:2].tolist() == [0, -2e4]
-    assert got[3] == -torch.inf
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]])
+    assert logprob(logits, torch.zeros(2, dtype=torch.int64)).tolist() == [0, -2e4]
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_infinite_logits_are_log_softmaxs(target):
+    logits = torch.tensor([[torch.inf, 0, 0], [-torch.inf, 0, 0], [torch.nan, 0, 0], [-torch.inf] * 3, [0, 1, 2]])
+    target = torch.full((5,), target)
+    want = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(logprob(logits, target), want, equal_nan=True)
 
 
 def test_gradient_in_place_takes_the_logits_memory():
