@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dpo_fast.kernels.gather_rows import RowIndex
 
 MAX_BLOCK = 1024
+# Triton 3.10 changes the default; stated, so that it does not warn.
+FP_FUSION = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -60,8 +62,9 @@ def forward(x: Tensor, rows: RowIndex) -> Tensor:
     if out.numel():
         grid, block = _grid(num_rows, tail.numel())
         gather_kernel[grid](
-            heads, rows.index, out, tail.numel(), heads.shape[2], heads.stride(0), heads.stride(1), BLOCK=block
-        )
+            heads, rows.index, out, tail.numel(), heads.shape[2], heads.stride(0), heads.stride(1), BLOCK=block,
+            **FP_FUSION,
+        )  # fmt: skip
     return out
 
 
@@ -71,5 +74,5 @@ def backward(grad: Tensor, rows: RowIndex) -> Tensor:
     out = torch.empty(num_rows, *tail, dtype=grad.dtype, device=grad.device)
     if out.numel():
         grid, block = _grid(num_rows, tail.numel())
-        sum_kernel[grid](grad, rows.order, rows.bounds, out, tail.numel(), BLOCK=block)
+        sum_kernel[grid](grad, rows.order, rows.bounds, out, tail.numel(), BLOCK=block, **FP_FUSION)
     return out
