@@ -164,6 +164,14 @@ def test_columns_are_mapped():
             "wrong_type",
             "'tools': not valid JSON",
         ),
+        *(
+            (
+                {"prompt": [USER], "chosen": [PARIS], "rejected": [LONDON], "tools": tools},
+                "wrong_type",
+                "'tools': expected a list of tools",
+            )
+            for tools in ([1, 2], {"name": "atlas"}, 7, '{"name": "atlas"}')
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_say_why(row, cause, message):
@@ -284,6 +292,26 @@ def test_a_template_that_refuses_a_row_drops_it(tmp_path):
     groups, report = load(tmp_path, rows, chat_tokenizer(GEMMA, bos="<bos>"))
     assert [group.row for group in groups] == [1]
     assert "System role not supported" in report.render()
+
+
+def test_a_template_that_fails_on_a_row_drops_it(tmp_path):
+    """`tool_calls` of a wrong shape give a Python error inside the template, not one of Jinja's."""
+    calls = "{% for m in messages %}{{ m['content'] + (m.tool_calls[0] + '' if m.tool_calls else '') }}{% endfor %}"
+    rows = [
+        {"prompt": [USER], "chosen": [{**PARIS, "tool_calls": [5]}], "rejected": [LONDON]},
+        {"prompt": [USER], "chosen": [PARIS], "rejected": [LONDON]},
+    ]
+    groups, report = load(tmp_path, rows, chat_tokenizer(calls))
+    assert [group.row for group in groups] == [1]
+    assert report.causes["template_error"] == ["line 1"]
+    assert "unsupported operand" in report.render()
+
+
+def test_half_a_character_is_no_text(tmp_path):
+    rows = ['{"prompt": "The", "chosen": " fox \\ud83d", "rejected": " dog"}', GOOD]
+    groups, report = load(tmp_path, rows)
+    assert [group.row for group in groups] == [1]
+    assert r"line 1: its text holds half of a character (\ud83d)" in report.render()
 
 
 def test_messages_need_a_template(tmp_path):
@@ -426,6 +454,39 @@ def test_one_bad_row_does_not_end_a_run_and_every_row_is_accounted_for(tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "\xe9"}', "line 2: not UTF-8 text at byte 13"),
+        (b"[" * 100_000, "line 2: maximum recursion depth"),
+        (b'{"prompt": ' + b"1" * 5000 + b"}", "line 2: Exceeds the limit"),
+        (b"\x00", "line 2: Expecting value"),
+    ],
+    ids=["latin-1", "deep", "digits", "nul"],
+)
+def test_a_line_that_cannot_be_read_is_one_row_lost(tmp_path, line, message):
+    good = json.dumps(GOOD).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([good, line, good]))
+    groups, report = load_groups(DataConfig(data=str(tmp_path / "rows.jsonl")), tiny_tokenizer())
+    assert [group.row for group in groups] == [0, 2]
+    assert report.to_dict()["dropped"] == {"broken_json": 1}
+    assert message in report.render()
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: not valid JSON"):
+        load_groups(DataConfig(data=str(tmp_path / "rows.jsonl"), strict=True), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "lines.json", "list.json"])
+def test_byte_order_marks_and_odd_line_separators_lose_nothing(tmp_path, name):
+    """Windows writes the one; U+2028 may stand in a JSON string, and Python's splitlines would cut there."""
+    rows = [{**GOOD, "chosen": " fox\u2028 Paris\x85"}, GOOD]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = f"[{','.join(texts)}]" if name == "list.json" else "\r\n".join(texts)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    groups, report = load_groups(DataConfig(data=str(tmp_path / name), strict=True), tiny_tokenizer())
+    assert len(groups) == 2
+    assert report.causes == {}
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ('{"prompt": ', r"rows\.jsonl, line 2: not valid JSON: Expecting value at column 11"),
@@ -463,6 +524,9 @@ def test_every_kind_of_file_gives_the_same_groups(tmp_path):
         ("object.json", b"{}", "expected a list of rows, found an object"),
         ("broken.parquet", b"no parquet", "not a parquet file"),
         ("broken.jsonl.gz", b"no gzip", "cannot be read"),
+        ("cut.jsonl.gz", gzip.compress(b"{}" * 9999)[:-20], "cannot be read"),
+        ("flipped.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 20, "cannot be read"),
+        ("deep.json", b"[" * 100_000, "not valid JSON"),
         ("latin.jsonl", b'{"prompt": "\xe9"}', "not UTF-8"),
         ("empty.jsonl", b"\n", "no usable row"),
     ],

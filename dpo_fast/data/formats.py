@@ -256,8 +256,8 @@ def _tools(row: dict[str, Any], column: str) -> list[Any] | None:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise RowError("wrong_type", f"field {column!r}: not valid JSON: {error.msg}") from error
-    if tools is not None and not isinstance(tools, list):
-        raise RowError("wrong_type", f"field {column!r}: expected a list of tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise RowError("wrong_type", f"field {column!r}: expected a list of tools, each a JSON schema")
     return tools or None
 
 

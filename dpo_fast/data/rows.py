@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,8 +24,8 @@ class SourceRow:
     Attributes:
         index: counted from 0.
         place: where a person finds it, such as `line 12`.
-        value: what stands there, normally a dict; None where it is not JSON.
-        error: what the JSON parser says then.
+        value: what stands there, normally a dict; None where it cannot be read.
+        error: why not, then.
     """
 
     index: int
@@ -59,28 +61,35 @@ def _file_rows(path: Path) -> Iterator[SourceRow]:
         elif path.name.endswith(".json"):
             yield from _json_rows(path)
         else:
-            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f:
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
                 yield from _json_lines(f)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"--data {path}: cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
 
 
-def _json_lines(lines: Any) -> Iterator[SourceRow]:
+def _json_lines(lines: Iterable[bytes]) -> Iterator[SourceRow]:
     index = 0
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+        if not text:
             continue
+        value, problem = None, ""
         try:
-            yield SourceRow(index, f"line {number}", json.loads(line.rstrip()))
+            value = json.loads(text.decode())
         except json.JSONDecodeError as error:
-            yield SourceRow(index, f"line {number}", None, f"{error.msg} at column {error.colno}")
+            problem = f"{error.msg} at column {error.colno}"
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 text at byte {error.start + 1}"
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            problem = str(error)
+        yield SourceRow(index, f"line {number}", value, problem)
         index += 1
 
 
 def _json_rows(path: Path) -> Iterator[SourceRow]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
@@ -90,8 +99,10 @@ def _json_rows(path: Path) -> Iterator[SourceRow]:
                 "list of rows"
             ) from error
         # One object a line under a .json name is common.
-        yield from _json_lines(text.splitlines())
+        yield from _json_lines(text.encode().split(b"\n"))
         return
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--data {path}: not valid JSON ({error}); expected a list of rows") from error
     if isinstance(rows, dict) and "chosen" in rows:
         rows = [rows]
     if not isinstance(rows, list):

@@ -50,7 +50,7 @@ class Tokenizing:
         rendered: list[list[str] | RowError] = []
         for preference in preferences:
             try:
-                rendered.append(self._render(preference))
+                rendered.append([_checked(text) for text in self._render(preference)])
             except RowError as error:
                 rendered.append(error)
         ids = {
@@ -98,8 +98,6 @@ class Tokenizing:
     def _template(
         self, messages: list[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False
     ) -> str:
-        from jinja2 import TemplateError
-
         if not self.tokenizer.chat_template:
             raise UserError(
                 "the rows are messages, and the tokenizer has no chat template; give one with --chat_template FILE"
@@ -108,8 +106,9 @@ class Tokenizing:
             text = self.tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False
             )
-        except TemplateError as error:
-            raise RowError("template_error", str(error)) from error
+        except Exception as error:
+            # A template is a program: what it meets in a row of a wrong shape may be any error, as may its own.
+            raise RowError("template_error", str(error) or type(error).__name__) from error
         assert isinstance(text, str)
         return text
 
@@ -208,6 +207,20 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
             break
         length += 1
     return length
+
+
+def _checked(text: str) -> str:
+    r"""The text, if it is one: JSON may write half of a character (`\ud83d`), which no tokenizer takes.
+
+    Raises:
+        RowError: it is not.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise RowError("wrong_type", f"its text holds half of a character ({half}), as cut text may") from error
+    return text
 
 
 def _as_list(answer: Text) -> list[Message]:
