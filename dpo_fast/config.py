@@ -404,6 +404,7 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         max_steps: optimizer steps; -1 follows `num_train_epochs`.
         torch_compile: compile the decoder's layers, once for packs of all sizes; needs a C++ compiler on a CPU.
         gradient_checkpointing: recompute the activations of each layer in the backward.
+        activation_checkpointing: transformers' newer name of `gradient_checkpointing`; if given, it counts.
         logging_steps: write metrics every so many steps.
         save_steps: write a checkpoint every so many steps; 0 writes none but the final model.
         save_total_limit: checkpoints kept; null keeps all.
@@ -436,6 +437,7 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     max_steps: int = -1
     torch_compile: bool = False
     gradient_checkpointing: bool = False
+    activation_checkpointing: bool | None = None
     logging_steps: int = 10
     save_steps: int = 500
     save_total_limit: int | None = None
@@ -443,3 +445,8 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     overwrite: bool = False
     seed: int = 42
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Settle on one name, so that the settings that are written hold one value."""
+        if self.activation_checkpointing is not None:
+            self.gradient_checkpointing, self.activation_checkpointing = self.activation_checkpointing, None

@@ -11,7 +11,7 @@ from oracle import padded_sequence_logps, save_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.cli import main, normalize
-from dpo_fast.config import DataConfig
+from dpo_fast.config import DataConfig, DPOConfig
 from dpo_fast.data import load_groups
 from dpo_fast.model import load_tokenizer
 
@@ -76,12 +76,27 @@ def test_dry_run_is_a_flag(folder):
     assert not (folder / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_has_two_names(folder, name):
+    """transformers 5.23 calls it by the second."""
+    rows = ["train", "--model", "model", "--data", "rows.jsonl", "--max_steps", "1"]
+    assert main([*rows, "--output_dir", "flag", f"--{name.replace('_', '-')}"]) == 0
+    (folder / "c.yaml").write_text(f"{name}: true\n")
+    assert main([*rows, "--output_dir", "file", "--config", "c.yaml"]) == 0
+    for run in ("flag", "file"):
+        settings = yaml.safe_load((folder / run / "config.yaml").read_text())
+        assert settings["gradient_checkpointing"] is True
+        assert settings["activation_checkpointing"] is None
+    assert DPOConfig(**{name: True}).gradient_checkpointing
+
+
 def test_dashes_underscores_and_flags_are_normalized():
     given = ["train", "--max-steps", "3", "--strict", "--dry-run", "--output-dir=a-b", "--bf16", "true", "--no-such"]
     assert normalize(given) == [
         *("train", "--max_steps", "3", "--strict", "true", "--dry_run", "true", "--output_dir=a-b"),
         *("--bf16", "true", "--no-such"),
     ]
+    assert normalize(["train", "--bf16", "--beta", "1"]) == ["train", "--bf16", "true", "--beta", "1"]
 
 
 @pytest.mark.parametrize(
