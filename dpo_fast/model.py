@@ -198,6 +198,8 @@ class Policy:
     @classmethod
     def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
         """Load `name`, by default `config.model`, as the configuration says."""
+        if config.head_memory_budget_gib < 0:
+            raise UserError(f"--head_memory_budget_gib {config.head_memory_budget_gib}: expected 0 or above")
         device = pick_device(config.device)
         autotune.enabled = config.autotune
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32

@@ -10,6 +10,7 @@ cut into packs changes neither loss nor gradient. The reference is scored before
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -350,9 +351,25 @@ def check_config(config: DPOConfig) -> None:
     if not config.data:
         raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
     loss_terms(config)
-    for name in ("beta", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+    for name in ("beta", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "adam_epsilon"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
+    for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"--{name} {getattr(config, name)}: expected a number, 0 or above")
+    for name in ("eval_steps", "seed"):
+        if (getattr(config, name) or 0) < 0:
+            raise UserError(f"--{name} {getattr(config, name)}: expected a number, 0 or above")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: expected a number in [0, 1)")
+    if config.save_total_limit is not None and config.save_total_limit < 1:
+        raise UserError(f"--save_total_limit {config.save_total_limit}: expected a number above 0, or null to keep all")
+    if config.max_steps == 0 or (config.max_steps < 0 and not 0 < config.num_train_epochs < math.inf):
+        raise UserError(
+            f"--max_steps {config.max_steps} --num_train_epochs {config.num_train_epochs:g}: no step to take; expected "
+            "steps above 0, or -1 and epochs above 0"
+        )
     if config.sync_ref_model and not needs_reference(config):
         raise UserError(f"--sync_ref_model true: --loss_type {config.loss_type} has no reference")
     if config.sync_ref_model and not (0 < config.ref_model_mixup_alpha <= 1 and config.ref_model_sync_steps > 0):
@@ -379,7 +396,10 @@ def check_scores(config: DPOConfig, groups: list[Group]) -> None:
 
 
 def refuse_to_overwrite(config: DPOConfig, output_dir: Path) -> None:
-    """A folder that holds a run is gone on with or, on request, started anew; never mixed."""
+    """A folder that holds a run is gone on with or, on request, started anew; never mixed. A file is no folder."""
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output_dir {output_dir}: {there} is not a folder that can be written to; choose another")
     if (output_dir / METRICS_FILE).exists() and config.resume is None and not (config.overwrite or config.dry_run):
         raise UserError(
             f"--output_dir {output_dir} holds a run: go on with it by --resume auto, start anew by --overwrite true, "

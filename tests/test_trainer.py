@@ -278,6 +278,22 @@ def test_dry_run_reads_the_data_and_stops(config, tmp_path):
         ({"loss_type": "sigmoids"}, "choose one of alphapo, aot"),
         ({"beta": 0.0}, "--beta 0.0"),
         ({"eval_split": 1.0}, "--eval_split"),
+        ({"max_length": 0}, "--max_length 0: expected a number above 0, or null"),
+        ({"max_rows": 0}, "--max_rows 0: expected a number above 0, or null"),
+        ({"learning_rate": -1e-6}, "--learning_rate -1e-06: expected a number, 0 or above"),
+        ({"learning_rate": math.nan}, "--learning_rate nan"),
+        ({"warmup_steps": -1}, "--warmup_steps -1"),
+        ({"weight_decay": -0.1}, "--weight_decay -0.1"),
+        ({"max_grad_norm": -1.0}, "--max_grad_norm -1.0"),
+        ({"save_steps": -5}, "--save_steps -5"),
+        ({"eval_steps": -1}, "--eval_steps -1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"adam_beta1": 1.0}, r"--adam_beta1 1.0: expected a number in \[0, 1\)"),
+        ({"adam_epsilon": 0.0}, "--adam_epsilon 0.0"),
+        ({"save_total_limit": 0}, "--save_total_limit 0: expected a number above 0, or null"),
+        ({"head_memory_budget_gib": -1.0}, "--head_memory_budget_gib -1.0: expected 0 or above"),
+        ({"max_steps": 0}, "no step to take"),
+        ({"max_steps": -1, "num_train_epochs": 0.0}, "no step to take"),
         ({"lr_scheduler_type": "sideways"}, "--lr_scheduler_type sideways"),
         ({"resume": "/does/not/exist"}, "/does/not/exist"),
         ({"max_tokens_per_batch": 0}, "--max_tokens_per_batch 0"),
@@ -290,6 +306,14 @@ def test_dry_run_reads_the_data_and_stops(config, tmp_path):
 def test_mistakes_in_settings_are_named(config, changes, message):
     with pytest.raises(UserError, match=message):
         train(config(**changes), console=QUIET)
+
+
+@pytest.mark.parametrize("inner", ["", "runs/first"])
+def test_an_output_folder_that_cannot_be_made_is_found_before_anything_is_scored(config, tmp_path, inner):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_dir .*file is not a folder that can be written to"):
+        train(config(output_dir=str(tmp_path / "file" / inner)), console=QUIET)
+    assert not (tmp_path / "reference.sqlite").exists()
 
 
 def test_a_folder_with_a_run_is_not_overwritten(config):
