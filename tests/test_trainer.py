@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dpo_fast.checkpoint import newest_checkpoint
 from dpo_fast.config import DPOConfig, TrainingError, UserError
 from dpo_fast.metrics import PAIR_METRICS
 from dpo_fast.trainer import Trainer, train
@@ -198,6 +199,62 @@ def test_a_signal_ends_the_run_with_a_checkpoint(config, number, tmp_path):
     done = int(checkpoint.name.split("-")[1])
     resumed = train(config(max_steps=done + 2, resume="auto"), console=QUIET)
     assert resumed.step == done + 2
+
+
+SLOWED = """
+import json, sys, time
+import dpo_fast.checkpoint
+from dpo_fast.config import DPOConfig
+from dpo_fast.model import Policy
+from dpo_fast.trainer import train
+
+def slowly(call, name):
+    def slow(*args, **kwargs):
+        print(name, flush=True)
+        time.sleep(0.1)
+        result = call(*args, **kwargs)
+        time.sleep(0.1)
+        return result
+    return slow
+
+Policy.score = slowly(Policy.score, "scoring")
+dpo_fast.checkpoint._seal = slowly(dpo_fast.checkpoint._seal, "saving")
+train(DPOConfig(**json.loads(sys.argv[1])))
+"""
+
+
+def kill_at(settings, word, count):
+    """Run `train` in a process that is killed when it has printed `word` so often."""
+    command = [sys.executable, "-c", SLOWED, json.dumps(vars(settings))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            count -= line.strip() == word
+            if not count:
+                time.sleep(0.15)  # in the middle of it
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_a_run_killed_while_scoring_and_while_saving_ends_with_the_same_bits(config, optim, tmp_path):
+    settings = {"optim": optim, "save_steps": 1, "save_total_limit": 2, "max_tokens_per_batch": 32}
+    whole = train(config(output_dir=str(tmp_path / "whole"), **settings), console=QUIET)
+    cut = config(reference_store=str(tmp_path / "cut.sqlite"), resume="auto", **settings)
+    kill_at(cut, "scoring", 5)
+    with closing(sqlite3.connect(tmp_path / "cut.sqlite")) as connection:
+        (scored,) = connection.execute("select count(*) from answers").fetchone()
+    assert 0 < scored < 28
+    kill_at(cut, "saving", 3)
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    resumed = train(cut, console=QUIET)
+    assert_same_weights(whole.model_dir, resumed.model_dir)
+    assert [row["loss"] for row in resumed.metrics] == [row["loss"] for row in whole.metrics]
+    # Leftovers of the dead are cleared, and retention has done its work.
+    assert sorted(p.name for p in (tmp_path / "run").glob("*")) == [
+        *("checkpoint-5", "checkpoint-6", "config.yaml", "final", "metrics.jsonl")
+    ]
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 @pytest.mark.parametrize("during", ["train_step", "after_step"])
