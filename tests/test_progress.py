@@ -1,0 +1,33 @@
+"""The one line that a run shows: figures and the time left on a terminal, plain lines elsewhere."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from dpo_fast.progress import format_metrics, progress_line
+
+FIGURES = {"loss": 0.69314, "rewards/accuracies": 0.5, "rewards/margins": 0.00012, "tokens_per_second": 412.4}
+
+
+def test_figures_are_trls_by_short_names():
+    assert format_metrics(FIGURES) == "loss 0.6931  accuracy 0.50  margin +0.0001  412 tokens/s"
+    held_out = {f"eval_{name}": value for name, value in FIGURES.items() if name != "tokens_per_second"}
+    assert format_metrics(held_out) == "eval_loss 0.6931  accuracy 0.50  margin +0.0001"
+    assert format_metrics({}) == ""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_has_a_bar_and_a_file_has_lines(is_terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=is_terminal, width=140)
+    with progress_line(console, "training", 30, completed=10) as line:
+        line.advance(20)
+        line.report("step 30/30", FIGURES)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    if is_terminal:
+        shown = text.strip().split("\n")[-1]
+        assert re.search(r"training .* 30/30 loss 0\.6931 .* 412 tokens/s \d:\d\d:\d\d left \d:\d\d:\d\d", shown)
+    else:
+        assert text == "step 30/30  loss 0.6931  accuracy 0.50  margin +0.0001  412 tokens/s\n"
