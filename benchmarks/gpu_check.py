@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from environment import environment
 from torch import Tensor
 
+from dpo_fast.fused_loss import FusedLinearDPOLoss
 from dpo_fast.kernels import autotune, linear_logprob_gpu
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from dpo_fast.kernels.logprob import logprob
@@ -84,8 +85,9 @@ def check_errors() -> dict[str, Any]:
         for path in ("fused", "sliced"):
             ours = row[path]
             assert ours["logp relative"] < 2e-6, f"{path}: log-probs are wrong: {row}"
-            assert max(ours["dH"], ours["dW"]) < 4e-3, f"{path}: gradients are wrong: {row}"
-            assert ours["dH"] <= row["torch bf16"]["dH"] * 1.2, f"{path}: PyTorch is more exact: {row}"
+            for gradient in ("dH", "dW"):
+                assert ours[gradient] < 3e-3, f"{path}: {gradient} is wrong: {row}"
+                assert ours[gradient] <= row["torch bf16"][gradient], f"{path}: PyTorch is more exact: {row}"
     return table
 
 
@@ -165,16 +167,23 @@ def head_contestants(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str
         found["trl"] = trl
     except ImportError as error:
         print(f"trl is left out: {error}")
+    # Half of the rows of each sequence are prompt or padding, as in a padded batch.
+    half = target.view(8, -1).clone()
+    half[:, : half.shape[1] // 2] = -100
+
+    def module(loss_fn: Any, labels: Tensor) -> None:
+        loss = loss_fn(weight, hidden.view(8, -1, hidden.shape[1]), labels.view(8, -1))[0]
+        torch.autograd.grad(loss, (hidden, weight))
+
+    own_loss = FusedLinearDPOLoss(beta=BETA, use_ref_model=False)
+    found["module"] = lambda: module(own_loss, target)
+    found["module, half masked"] = lambda: module(own_loss, half)
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
         liger_loss = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)
-
-        def liger() -> None:
-            loss = liger_loss(weight, hidden.view(8, -1, hidden.shape[1]), target.view(8, -1))[0]
-            torch.autograd.grad(loss, (hidden, weight))
-
-        found["liger"] = liger
+        found["liger"] = lambda: module(liger_loss, target)
+        found["liger, half masked"] = lambda: module(liger_loss, half)
     except ImportError as error:
         print(f"liger-kernel is left out: {error}")
     return found
@@ -190,8 +199,10 @@ def time_head(rows: int, vocab: int, dim: int) -> dict[str, Any]:
         autotune.enabled = path.startswith("chosen")
         ms = interleaved(contestants)
         shares = {"train": 3, "train, 2 GiB budget": 3, "frozen head": 2, "score": 1}
+        peers = {"trl": "train", "liger": "module", "liger, half masked": "module, half masked"}
         out[path] = {
             "ms": ms,
+            "times faster than": {peer: ms[peer] / ms[ours] for peer, ours in peers.items() if peer in ms},
             "share of bare products": {name: ms[f"{n} products"] / ms[name] for name, n in shares.items()},
             "peak MiB": {name: peak_mib(contestants[name]) for name in shares},
         }
