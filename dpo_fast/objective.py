@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +11,7 @@ from torch import Tensor
 from dpo_fast.config import LossConfig, UserError
 from dpo_fast.losses import LOSSES, Loss
 from dpo_fast.pairs import DIVERGENCES, PairLogps
+from dpo_fast.user_code import load_function
 
 # No reference enters these, and none is scored where a run names no other loss.
 REFERENCE_FREE = frozenset({"sft", "sft_tokens", "cpo", "slic", "simpo", "alphapo", "orpo", "odds_ratio", "tpo"})
@@ -89,17 +87,7 @@ def _find(name: str) -> Loss:
 @cache
 def _own_loss(name: str) -> Loss:
     """A user's `f(pairs: PairLogps) -> (P,) losses` by `module:function`; the module may lie in the working folder."""
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--loss_type {name}: cannot be imported: {error}; expected module:function") from error
-    finally:
-        sys.path.remove(here)
-    if not callable(function):
-        raise UserError(f"--loss_type {name}: expected a function, found {type(function).__name__}")
+    function = load_function(name, f"--loss_type {name}")
     return partial(_call_own, name, function)
 
 

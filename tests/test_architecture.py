@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"kernels"},
     {"config", "intervals"},
+    {"user_code"},
     {"pairs"},
     {"losses"},
     {"objective"},

@@ -1,0 +1,86 @@
+"""What a signal says of one answer: a number, or why there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from dpo_fast.curate.rows import Row
+
+MESSAGE_LENGTH = 200
+
+
+class Unjudged(Exception):
+    """A signal has no score for this answer; the message says why."""
+
+
+class Worst(Exception):
+    """An answer that a signal ranks below all of its row that it has a score for; the message says why.
+
+    No number could say so: an answer that names no number must lose against one that is wrong by any amount, yet a
+    score of -1e300 would swamp every other signal and every loss that reads gaps between scores.
+    """
+
+
+TextSignal: TypeAlias = "Callable[[str, Row], float]"
+
+
+class Verdict(NamedTuple):
+    """A score, or None; and why it is None, or what was wrong with the answer."""
+
+    score: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row to be judged.
+
+    Attributes:
+        row: all its columns.
+        prompt: a string or messages.
+        answers: the text of each answer.
+    """
+
+    row: Row
+    prompt: Any
+    answers: list[str]
+
+
+def verdict_of(signal: TextSignal, answer: str, row: Row) -> Verdict:
+    """Call a signal. Whatever it raises or returns becomes a verdict, except what ends the process."""
+    try:
+        score = float(signal(answer, row))
+    except Unjudged as error:
+        return Verdict(None, shorten(str(error)))
+    except Worst as error:
+        return Verdict(-math.inf, shorten(str(error)))
+    except (Exception, SystemExit) as error:
+        return Verdict(None, shorten(describe(error)))
+    if not math.isfinite(score):
+        return Verdict(None, f"the score is {score}; expected a finite number")
+    return Verdict(score)
+
+
+def settle(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """One signal's verdicts on a row, with a score for its worst answers: 1 below the lowest other one."""
+    lowest = min((v.score for v in verdicts if v.score is not None and v.score != -math.inf), default=0.0)
+    return [Verdict(lowest - 1, v.reason) if v.score == -math.inf else v for v in verdicts]
+
+
+def describe(error: BaseException) -> str:
+    """`ValueError: message`, even where the message itself cannot be made."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}" if str(error) else name
+    except Exception:
+        return name
+
+
+def shorten(message: str) -> str:
+    """A message as one line of at most `MESSAGE_LENGTH` characters that any file can hold."""
+    line = " ".join(message[: 4 * MESSAGE_LENGTH].split()).encode(errors="replace").decode()
+    return line if len(line) <= MESSAGE_LENGTH else line[: MESSAGE_LENGTH - 1] + "…"
