@@ -51,7 +51,7 @@ def run_label(config: LabelConfig, console: Console | None = None) -> Path:
     if config.by_hand or config.terminal:
         from dpo_fast.curate.by_hand import run_by_hand
 
-        return run_by_hand(config, console)
+        return run_by_hand(config, console=console)
     out = check_out(config.out, overwrite=config.overwrite)
     parse_signals(config)
     rows = read_objects(config.data, config.max_rows, console)

@@ -1,0 +1,75 @@
+"""The queue in a terminal, or through a pipe: one line of input a judgement."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_fast.curate.by_hand.items import Item, visible
+from dpo_fast.curate.by_hand.judgements import Choice, Judging
+
+_WORDS: dict[str, Choice] = {"l": "left", "1": "left", "r": "right", "2": "right", "t": "tie", "0": "tie", "s": "skip"}
+_ASK = "[l] left is better  [r] right  [t] tie  [s] skip  [u] undo  [q] quit > "
+_ASK_AT_THE_END = "all is judged: [Enter] ends, [u] undoes > "
+# Two columns narrower than this are harder to read than one below the other.
+_SIDE_BY_SIDE = 100
+
+
+def judge_in_terminal(judging: Judging, console: Console) -> None:
+    """Ask until all is judged, `q` is typed, or the input ends."""
+    shown: int | None = None
+    while True:
+        place = judging.place
+        if place != shown:
+            _print(judging, console)
+            shown = place
+        try:
+            ask = _ASK_AT_THE_END if judging.is_finished else _ASK
+            word = console.input(Text(ask)).strip().lower()
+        except EOFError:
+            console.print()
+            return
+        if word == "q" or (judging.is_finished and not word):
+            return
+        _obey(word, place, judging, console)
+
+
+def _obey(word: str, place: int, judging: Judging, console: Console) -> None:
+    try:
+        if word == "u" and judging.can_undo:
+            judging.undo(place)
+        elif word in _WORDS and not judging.is_finished:
+            judging.judge(place, _WORDS[word])
+        else:
+            console.print(Text("nothing to undo" if word == "u" else "expected one of l, r, t, s, u, q"))
+    except OSError as error:
+        console.print(Text(f"not saved, so it does not count: {error.strerror or error}"))
+
+
+def _print(judging: Judging, console: Console) -> None:
+    console.rule(Text(judging.progress().render()))
+    shown = judging.show()
+    if shown is None:
+        return
+    item, left, right = shown
+    for role, text in _prompt(item):
+        console.print(Text(role, style="bold"), Text(text), "", sep="\n")
+    if console.width >= _SIDE_BY_SIDE:
+        table = Table(expand=True)
+        for name in ("left", "right"):
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(Text(_answer(left)), Text(_answer(right)))
+        console.print(table)
+        return
+    for name, text in (("left", left), ("right", right)):
+        console.rule(Text(name), align="left")
+        console.print(Text(_answer(text)))
+
+
+def _prompt(item: Item) -> list[tuple[str, str]]:
+    return [(visible(role) or "prompt", visible(text)) for role, text in item.prompt]
+
+
+def _answer(text: str) -> str:
+    return visible(text) or "(empty)"
