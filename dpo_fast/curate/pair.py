@@ -31,7 +31,7 @@ class PairReport:
         prompts: with a list of answers.
         paired: that gave a pair at least.
         alike: whose answers all score alike, or within `min_score_gap`.
-        unjudged: with fewer than two answers that have a score.
+        unjudged: with fewer than two different answers that have a score.
         cut: whose better answers were all cut at `max_new_tokens`.
         unusable: rows without answers or scores, with the reason of each.
         before: length bias of all pairs.
@@ -52,7 +52,7 @@ class PairReport:
         lines = [f"{self.prompts} prompts, {self.paired} of them with pairs"]
         for number, sentence in (
             (self.alike, "answers all score alike, within --min_score_gap"),
-            (self.unjudged, "fewer than two answers have a score"),
+            (self.unjudged, "fewer than two different answers have a score"),
             (self.cut, "every better answer was cut at max_new_tokens (--truncated keep takes them)"),
         ):
             if number:
