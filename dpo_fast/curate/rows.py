@@ -77,7 +77,16 @@ def check_out(out: str, *, option: str = "--out", overwrite: bool) -> Path:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write one JSON object a line; the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_file_atomically(path, "".join(_line(row) for row in rows))
+
+
+def _line(row: Row) -> str:
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: no file can hold it, but JSON's escapes can
+        return json.dumps(row) + "\n"
+    return line
 
 
 def text_of(value: Any) -> str:
