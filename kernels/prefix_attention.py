@@ -10,15 +10,23 @@ the bottom right), with a sliding window of W also j > p - W:
 
 An answer of A tokens after a prompt of P pays A (P + A) score entries, and the prompt pays P² once for all answers.
 
-Three ways. On a GPU in half precision one variable-length call for all segments: flash attention as PyTorch ships it,
-or, for caps, which that lacks, the flash-attn package if it is installed. Else one scaled-dot-product call per segment.
+The ways. On a GPU in half precision one call for all segments:
+
+    flash_attn_3   the flash-attn 3 package, on Hopper, if it is installed
+    varlen         flash attention as PyTorch ships it; lacks caps
+    flash_attn     the flash-attn 2 package, if it is installed: for caps
+    flex           FlexAttention: for sinks, which the others lack, and for caps where no package is installed
+
+Everywhere else, and in fp32 on a GPU, one scaled-dot-product call per segment. `_WAYS` has what each of them can do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +34,7 @@ from torch import Tensor
 
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 
-Way = Literal["auto", "varlen", "flash_attn", "segments"]
+Way = Literal["auto", "flash_attn_3", "varlen", "flash_attn", "flex", "segments"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class PrefixLayout:
         query_lengths, key_lengths: M lengths, one a segment.
         kv_index: (K,) rows that form the keys, and the way back.
         cu_seqlens_q, cu_seqlens_k: (M + 1,) int32 bounds on the device of `kv_index`.
-        masks: made when a segment first needs one, shared by all layers.
+        masks, block_masks: made when first needed, shared by all layers; FlexAttention's by window.
     """
 
     query_lengths: list[int]
@@ -46,6 +54,12 @@ class PrefixLayout:
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    block_masks: dict[int | None, Any] = field(default_factory=dict)
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """What a variable-length call wants to know: both bounds, and the longest of both."""
+        return self.cu_seqlens_q, self.cu_seqlens_k, max(self.query_lengths), max(self.key_lengths)
 
     def mask(self, num_queries: int, num_keys: int, window: int | None) -> Tensor:
         """(L_q, L_k) bool, True where a query may look; the last query stands at the last key."""
@@ -124,8 +138,8 @@ def prefix_attention(
         window: sliding window W, the query's own token included; None for none.
         softcap: of the scores; None for none.
         sinks: (H,) logits of the heads' sinks; None for none.
-        way: "varlen" (CUDA, half precision, no softcap, no sinks), "flash_attn" (that package; CUDA, half precision, no
-            sinks), "segments" (everywhere), or "auto": the first of them that can.
+        way: "flash_attn_3", "flash_attn" (those packages; CUDA, half precision, no sinks), "varlen" (CUDA, half
+            precision, no softcap, no sinks), "flex" (CUDA), "segments" (everywhere), or "auto": the fastest that can.
 
     Returns:
         (1, H, T, d) in the dtype of `query`.
@@ -133,7 +147,10 @@ def prefix_attention(
     if way == "auto":
         way = _best_way(query, softcap, sinks)
     if way != "segments":
-        return _one_call(query, key, value, layout, scale, window, softcap, way)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = q.contiguous(), gather_rows(k, layout.kv_index), gather_rows(v, layout.kv_index)
+        out = _WAYS[way](q, k, v, layout, scale, window, softcap, sinks)
+        return out.transpose(0, 1)[None]
     keys, values = (gather_rows(x[0].transpose(0, 1), layout.kv_index).transpose(0, 1)[None] for x in (key, value))
     outputs = [
         _segment(q, k, v, layout, scale, window, softcap, sinks)
@@ -148,49 +165,84 @@ def prefix_attention(
 
 
 def _best_way(query: Tensor, softcap: float | None, sinks: Tensor | None) -> Way:
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    if sinks is not None or not query.is_cuda or not is_half or query.shape[-1] > 256:
+    dim = query.shape[-1]
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or dim > 256:
         return "segments"
-    if softcap is None:
-        return "varlen"
-    return "flash_attn" if find_spec("flash_attn") else "segments"
+    if sinks is None:
+        if find_spec("flash_attn_interface") and torch.cuda.get_device_capability(query.device)[0] == 9:
+            return "flash_attn_3"
+        if softcap is None:
+            return "varlen"
+        if find_spec("flash_attn"):
+            return "flash_attn"
+    return "flex" if dim >= 16 else "segments"
 
 
-def _one_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def _window_size(window: int | None) -> tuple[int, int]:
+    """Flash attention counts the tokens to the left, ours the token itself as well."""
+    return (-1 if window is None else window - 1, 0)
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, window: int | None, *unsupported: Any
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        *(q, k, v, *layout.bounds),
+        scale=scale,
+        window_size=_window_size(window),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     layout: PrefixLayout,
     scale: float,
     window: int | None,
     softcap: float | None,
-    way: Way,
+    *unsupported: Any,
+    package: str = "flash_attn",
 ) -> Tensor:
-    """One call of flash attention for all segments."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    q, k, v = q.contiguous(), gather_rows(k, layout.kv_index), gather_rows(v, layout.kv_index)
-    cu_q, cu_k = layout.cu_seqlens_q, layout.cu_seqlens_k
-    max_q, max_k = max(layout.query_lengths), max(layout.key_lengths)
-    # Flash attention counts the tokens to the left, ours the token itself as well.
-    window_size = (-1 if window is None else window - 1, 0)
-    if way == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
-        grouped = query.shape[1] != key.shape[1]
-        out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=grouped)
-    else:
+    """Versions 2 and 3, whose arguments have the same names."""
+    if package == "flash_attn":
         from flash_attn import flash_attn_varlen_func
+    else:
+        from flash_attn_interface import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(
-            *(q, k, v, cu_q, cu_k, max_q, max_k),
-            softmax_scale=scale,
-            causal=True,
-            window_size=window_size,
-            softcap=softcap or 0.0,
-            deterministic=True,
-        )
+    out = flash_attn_varlen_func(
+        *(q, k, v, *layout.bounds),
+        softmax_scale=scale,
+        causal=True,
+        window_size=_window_size(window),
+        softcap=softcap or 0.0,
+        deterministic=True,
+    )
+    # Early releases of version 3 return the logsumexp as well.
+    out = out[0] if isinstance(out, tuple) else out
     assert isinstance(out, Tensor)
-    return out.transpose(0, 1)[None]
+    return out
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    from dpo_fast.kernels.prefix_attention_flex import flex
+
+    return flex(q, k, v, *options)
+
+
+# Each takes (T, H, d) queries, (K, H_kv, d) gathered keys and values, the layout, scale, window, softcap and sinks, and
+# returns (T, H, d).
+_WAYS: dict[str, Callable[..., Tensor]] = {
+    "flash_attn_3": partial(_flash_attn, package="flash_attn_interface"),
+    "varlen": _varlen,
+    "flash_attn": _flash_attn,
+    "flex": _flex,
+}
 
 
 def _segment(

@@ -1,13 +1,17 @@
 """Attention over packs against its formula in fp64, and the gather of keys against plain indexing."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from oracle import random_groups
+from torch.nn.attention import flex_attention as flex_module
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dpo_fast.batch import pack
+from dpo_fast.kernels import prefix_attention as attention_module
+from dpo_fast.kernels import prefix_attention_flex
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 from dpo_fast.kernels.prefix_attention import prefix_attention, prefix_attention_ref, prefix_layout
 
@@ -33,16 +37,27 @@ def make(heads, kv_heads, dim=8, *, dtype=torch.float64, num_answers=2, seed=0):
     return layout, (random(heads), random(kv_heads), random(kv_heads))
 
 
+@pytest.fixture
+def backward_of_flex_on_a_cpu(monkeypatch):
+    """FlexAttention refuses gradients on a CPU, though its plain implementation has them: what it is refused by goes."""
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
+
+
+@pytest.mark.parametrize("way", ["segments", "flex"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
-def test_value_and_gradients_are_the_formulas(options, heads, kv_heads):
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+@pytest.mark.usefixtures("backward_of_flex_on_a_cpu")
+def test_value_and_gradients_are_the_formulas(way, options, heads, kv_heads):
     layout, inputs = make(heads, kv_heads, num_answers=3)
     options = dict(options)
     if "sinks" in options:
         options["sinks"] = torch.linspace(-1, 2, heads, dtype=torch.float64).requires_grad_()
         inputs = (*inputs, options["sinks"])
     want = prefix_attention_ref(*inputs[:3], layout, scale=0.4, **options)
-    got = prefix_attention(*inputs[:3], layout, scale=0.4, **options)
+    got = prefix_attention(*inputs[:3], layout, scale=0.4, way=way, **options)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     weights = torch.linspace(-1, 1, want.numel(), dtype=torch.float64).view_as(want)
     true_grads = torch.autograd.grad((want * weights).sum(), inputs)
@@ -73,7 +88,7 @@ def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, ena
 
 
 def flash_attn_by_hand(*tensors_and_bounds, softmax_scale, causal, window_size, softcap, deterministic):
-    """flash-attn 2.8's `flash_attn_varlen_func`: the same, grouped queries unasked."""
+    """`flash_attn_varlen_func` of flash-attn 2.8 and 3: the same, grouped queries unasked."""
     assert causal
     assert deterministic
     return varlen_by_hand(
@@ -87,14 +102,18 @@ def one_call(monkeypatch):
     import torch.nn.attention.varlen
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_by_hand)
-    stand_in = ModuleType("flash_attn")
-    stand_in.flash_attn_varlen_func = flash_attn_by_hand
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    for name in ("flash_attn", "flash_attn_interface"):
+        stand_in = ModuleType(name)
+        stand_in.flash_attn_varlen_func = flash_attn_by_hand
+        monkeypatch.setitem(sys.modules, name, stand_in)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize(("way", "softcap"), [("varlen", None), ("flash_attn", None), ("flash_attn", 1.5)])
+@pytest.mark.parametrize(
+    ("way", "softcap"),
+    [("varlen", None), ("flash_attn", None), ("flash_attn", 1.5), ("flash_attn_3", None), ("flash_attn_3", 1.5)],
+)
 def test_the_one_call_for_gpus_is_given_the_right_bounds(one_call, window, kv_heads, way, softcap):
     layout, inputs = make(4, kv_heads)
     want = prefix_attention(*inputs, layout, scale=0.3, window=window, softcap=softcap, way="segments")
@@ -103,6 +122,84 @@ def test_the_one_call_for_gpus_is_given_the_right_bounds(one_call, window, kv_he
     grads, others = (torch.autograd.grad(x.square().sum(), inputs) for x in (got, want))
     for grad, other in zip(grads, others, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-9, atol=1e-11)
+
+
+def test_an_early_flash_attn_3_returns_the_logsumexp_too(one_call, monkeypatch):
+    layout, inputs = make(4, 2)
+    want = prefix_attention(*inputs, layout, scale=0.3, way="segments")
+    flash_attn = sys.modules["flash_attn_interface"]
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda *a, **k: (flash_attn_by_hand(*a, **k), None))
+    torch.testing.assert_close(prefix_attention(*inputs, layout, scale=0.3, way="flash_attn_3"), want)
+
+
+NO_PACKAGES, BOTH = (), ("flash_attn", "flash_attn_interface")
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "tensor", "options", "way"),
+    [
+        (NO_PACKAGES, 9, {}, {}, "varlen"),
+        (NO_PACKAGES, 9, {}, {"softcap": 2.0}, "flex"),
+        (NO_PACKAGES, 9, {}, {"sinks": True}, "flex"),
+        (("flash_attn",), 9, {}, {}, "varlen"),
+        (("flash_attn",), 9, {}, {"softcap": 2.0}, "flash_attn"),
+        (BOTH, 9, {}, {}, "flash_attn_3"),
+        (BOTH, 9, {}, {"softcap": 2.0}, "flash_attn_3"),
+        (BOTH, 9, {}, {"sinks": True}, "flex"),
+        (BOTH, 8, {}, {}, "varlen"),
+        (BOTH, 10, {}, {"softcap": 2.0}, "flash_attn"),
+        (BOTH, 9, {"dtype": torch.float32}, {}, "segments"),
+        (BOTH, 9, {"shape": (1, 4, 9, 320)}, {}, "segments"),
+        (BOTH, 9, {"shape": (1, 4, 9, 8)}, {"sinks": True}, "segments"),
+        (BOTH, 9, {"is_cuda": False}, {}, "segments"),
+    ],
+)
+def test_the_way_is_chosen_by_what_is_there(installed, capability, tensor, options, way, monkeypatch):
+    monkeypatch.setattr(attention_module, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    query = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 4, 9, 64), "device": "cuda"} | tensor
+    options = {"softcap": None, "sinks": None} | options
+    assert attention_module._best_way(SimpleNamespace(**query), **options) == way
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 1000])
+@pytest.mark.parametrize("num_groups", [1, 12, 30])
+def test_flex_visits_the_blocks_that_its_mask_has_and_few_others(window, num_groups):
+    """Against FlexAttention's own search through all queries and keys."""
+    batch = pack(random_groups(num_groups, num_answers=3))
+    layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
+    mask = prefix_attention_flex.block_mask(layout, window)
+    assert prefix_attention_flex.block_mask(layout, window) is mask
+    sizes = (batch.num_tokens, len(batch.kv_index))
+    needed = create_block_mask(mask.mask_mod, None, None, *sizes, device="cpu").to_dense()
+    visited = mask.to_dense()
+    assert (visited >= needed).all()
+    # A block's range is one piece, so at most the blocks between two that are needed come along.
+    assert visited.sum() <= needed.sum() + needed.shape[-2]
+    assert mask.shape == (1, 1, *sizes)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_flex_is_compiled_once_for_packs_of_all_sizes(monkeypatch):
+    """On a CPU its compiled kernel gives no gradient, but reads the same list of blocks."""
+    monkeypatch.setattr(
+        prefix_attention_flex, "flex_attention", torch.compile(flex_module.flex_attention, dynamic=True)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for seed, num_groups in enumerate((25, 31, 40)):
+        batch = pack(random_groups(num_groups, seed=seed))
+        layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
+        inputs = [torch.randn(1, heads, batch.num_tokens, 16) for heads in (4, 2, 2)]
+        for options in ({"window": 6, "softcap": 2.0}, {"window": 9 + seed}):
+            want = prefix_attention(*inputs, layout, scale=0.3, **options)
+            got = prefix_attention(*inputs, layout, scale=0.3, way="flex", **options)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[2], graphs
+    torch._dynamo.reset()
 
 
 def test_masks_are_shared_by_layers():
