@@ -39,7 +39,7 @@ def make(heads, kv_heads, dim=8, *, dtype=torch.float64, num_answers=2, seed=0):
 
 @pytest.fixture
 def backward_of_flex_on_a_cpu(monkeypatch):
-    """FlexAttention refuses gradients on a CPU, though its plain implementation has them: what it is refused by goes."""
+    """FlexAttention refuses gradients on a CPU, though its plain implementation has them: the refusal is taken out."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
 
 
