@@ -1,9 +1,16 @@
 """Our DPOTrainer against TRL 1.16's: the same steps, the same logs, the same files."""
 
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import peft
 import pytest
 import torch
 import torch.multiprocessing as mp
+import transformers
+import trl
 from datasets import Dataset, DatasetDict
 from oracle import tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -12,6 +19,7 @@ from trl_runs import IGNORED, ROWS, assert_same_logs, assert_same_run, make_trai
 
 import dpo_fast.score
 from dpo_fast.integrations.trl import DPOTrainer
+from dpo_fast.integrations.trl_options import refusals
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in IGNORED]
 OPTIONS = {
@@ -25,6 +33,16 @@ OPTIONS = {
     "LD-DPO": {"ld_alpha": 0.5},
     "WPO": {"use_weighting": True},
     "TR-DPO": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "transformers' own": {
+        **{
+            "optim": "adafactor",
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+            "max_grad_norm": 0.1,
+            "data_seed": 3,
+        },
+        **{"dataloader_drop_last": True, "label_smoothing_factor": 0.1, "auto_find_batch_size": True},
+    },
     "evaluation": {"eval_strategy": "steps", "eval_steps": 4, "logging_steps": 3},
 }
 
@@ -185,6 +203,39 @@ def test_unsupported_options_are_named(name, value, tmp_path):
 def test_unsupported_arguments_are_named(name, value, tmp_path):
     with pytest.raises(NotImplementedError, match=rf"^{name} is not supported"):
         make_trainer(DPOTrainer, tmp_path, extra={name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fp16", True),
+        ("fsdp", ["full_shard"]),
+        ("deepspeed", {"zero_optimization": {}}),
+        ("parallelism_config", object()),
+    ],
+)
+def test_what_this_machine_cannot_even_ask_for_is_named(name, value, tmp_path):
+    """transformers looks for the hardware or the package of these when they are set, so they are set afterwards."""
+    args = trl_args(tmp_path)
+    setattr(args, name, value)
+    with pytest.raises(NotImplementedError, match=rf"^{name} is not supported"):
+        make_trainer(DPOTrainer, tmp_path, extra={"args": args})
+
+
+def test_the_table_of_the_docs_has_every_option(tmp_path):
+    """TRL's own, the constructor's, and what is refused; and nothing that TRL does not have."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "drop_in.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", page[page.index("## TRL's options") :], re.M)
+    named = {name: meaning for names, meaning in rows for name in re.findall(r"`(\w+)`", names)}
+    options = {field.name for field in fields(trl.DPOConfig)}
+    arguments = set(inspect.signature(trl.DPOTrainer.__init__).parameters) - {"self"}
+    own = options - {field.name for field in fields(transformers.TrainingArguments)}
+    assert len(own) > 20
+    assert not (own | arguments) - named.keys()
+    assert named.keys() <= options | arguments | {"reference_store", "PeftModel", "predict"}
+    for name in refusals(trl_args(tmp_path), dict.fromkeys(arguments)):
+        # What is refused of the others depends on what they are.
+        assert "refused" in named[name] or name in ("processing_class", "train_dataset", "model"), name
 
 
 def test_an_empty_answer_is_named(tmp_path, store):

@@ -26,7 +26,14 @@ def refuse_unsupported(args: DPOConfig, arguments: dict[str, Any]) -> None:
     Raises:
         NotImplementedError: it names the option, and says why or what to use.
     """
-    reasons = {
+    for name, reason in refusals(args, arguments).items():
+        if reason:
+            raise NotImplementedError(f"{name} is not supported by dpo_fast.integrations.trl.DPOTrainer: {reason}")
+
+
+def refusals(args: DPOConfig, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Each option that can be refused, and why it is; something false where it is not. Arguments as there."""
+    return {
         "data_collator": arguments["data_collator"] is not None and "packs are made by a collator of their own",
         "compute_metrics": arguments["compute_metrics"] is not None and "no logits are kept to compute them from",
         "processing_class": _refused_tokenizer(arguments["processing_class"]),
@@ -47,9 +54,6 @@ def refuse_unsupported(args: DPOConfig, arguments: dict[str, Any]) -> None:
         "deepspeed": bool(args.deepspeed) and "use single processes or DDP",
         "parallelism_config": args.parallelism_config is not None and "a pack is not split over devices",
     }
-    for name, reason in reasons.items():
-        if reason:
-            raise NotImplementedError(f"{name} is not supported by dpo_fast.integrations.trl.DPOTrainer: {reason}")
 
 
 def _refused_tokenizer(given: Any) -> str | None:
