@@ -26,11 +26,15 @@ PACKED_ATTENTION = "dpo_fast_packed"
 NUMERICS_VERSION = 1
 # Keyword arguments of attention that change what it computes and that packs do not honour; a model that uses one is
 # scored answer by answer.
-_UNSUPPORTED_ATTENTION = ("position_bias", "alibi", "chunk_size")
+_UNSUPPORTED_ATTENTION = ("position_bias", "alibi", "chunk_size", "indices", "block_indices")
 
 
 class CannotPack(Exception):
     """A model whose sequences cannot share a prompt; the message says why."""
+
+
+class NoLayout(CannotPack, ValueError):
+    """Attention that reads packs was given none: a plain batch, or a model that keeps keyword arguments to itself."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -84,6 +88,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     source, extra = _source(name)
+    _refuse_encoder_decoder(name, source, extra)
     if extra:
         extra["quantization_config"] = GgufConfig(dequantize=True)
     try:
@@ -95,6 +100,21 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _refuse_encoder_decoder(name: str, source: str, extra: dict[str, Any]) -> None:
+    """Of some, transformers would load the decoder alone, which then answers to no prompt."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model {name}: cannot load it: {_first_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"--model {name}: {config.model_type} is an encoder-decoder, and prompts and answers are read as one "
+            "sequence here; expected a causal language model (decoder only)"
+        )
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -104,8 +124,10 @@ def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a plain float, which nn.Module's typing denies
+        # What is a plain number drops out in a function: of attention, of activations (OPT), of layers.
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -132,10 +154,12 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (1, H, T, d) queries in, (1, T, H, d) out."""
     if packed_layout is None:
-        raise ValueError(
+        raise NoLayout(
             "this model is set to read packs and got a plain batch; "
             'call model.set_attn_implementation("sdpa") before using it on its own'
         )
+    if attention_mask is not None:
+        raise CannotPack(f"{type(module).__name__} masks its attention by itself")
     for name in _UNSUPPORTED_ATTENTION:
         if kwargs.get(name) is not None:
             raise CannotPack(f"{type(module).__name__} uses {name}")
@@ -267,11 +291,17 @@ class Policy:
         routers = zip(*(part.router_logits for part in parts), strict=True)
         return _Decoded(torch.cat([part.rows for part in parts]), tuple(torch.cat(layer) for layer in routers))
 
+    @property
+    def _decoder(self) -> Any:
+        """The model without its head."""
+        decoder = self.model.get_decoder()
+        return self.model.model if decoder is self.model else decoder  # Llama 4 gives itself
+
     def _decode(self, ids: Tensor, **arguments: Any) -> _Decoded:
         if self.router_loss_coef:
             arguments["output_router_logits"] = True
         with self.autocast():
-            outputs = self.model.get_decoder()(input_ids=ids[None], use_cache=False, **arguments)
+            outputs = self._decoder(input_ids=ids[None], use_cache=False, **arguments)
         return _Decoded(outputs.last_hidden_state[0], tuple(getattr(outputs, "router_logits", None) or ()))
 
     def _router_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor | None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
 
 from dpo_fast.batch import Group, Ranking, pack, pair_logps
@@ -227,6 +228,16 @@ def test_loading_errors_name_the_option_and_the_cure(tmp_path):
         load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="no such file"):
         Policy.load(ModelConfig(model=str(tmp_path / "missing.gguf")))
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_encoder_decoders_are_refused(name, tmp_path):
+    """Of BART transformers would load the decoder alone, without a word."""
+    getattr(transformers, f"{name}Config")().save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"--model {tmp_path}: {name.lower()} is an encoder-decoder.*expected a causal"
+    ):
+        Policy.load(ModelConfig(model=str(tmp_path)))
 
 
 def test_saved_model_loads_and_agrees(tmp_path):

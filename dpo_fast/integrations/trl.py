@@ -28,7 +28,7 @@ from trl.trainer.utils import use_adapter
 
 from dpo_fast.batch import Group, PackedBatch, pack
 from dpo_fast.data.packing import best_fit_decreasing
-from dpo_fast.guards import check_packed_forward
+from dpo_fast.guards import attention_windows, check_packed_forward
 from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures, num_unshared_tokens
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
 from dpo_fast.kernels.autotune import cache_dir
@@ -147,13 +147,18 @@ class DPOTrainer(TRLTrainer):
             return policy.forward(packed_batch, want_stats=True)
 
         self.model.forward = forward
-        samples = [self.train_dataset[i] for i in range(min(8, len(self.train_dataset)))]
         with packed_attention(policy):
-            check_packed_forward(policy, [group_of(x, row, self.args.max_length) for row, x in enumerate(samples)])
+            check_packed_forward(policy, self._checked_groups(policy))
         if self.aux_loss_enabled:
             policy.router_loss_coef = self.router_aux_loss_coef
         self._policy = policy
         return policy
+
+    def _checked_groups(self, policy: Policy) -> list[Group]:
+        """The first rows; all of them where a window may cut the long ones."""
+        num_rows = len(self.train_dataset)
+        rows = range(num_rows if attention_windows(policy.model) else min(8, num_rows))
+        return [group_of(self.train_dataset[row], row, self.args.max_length) for row in rows]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `Trainer.train`."""
