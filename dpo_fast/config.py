@@ -403,6 +403,7 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         num_train_epochs: passes over the rows, where `max_steps` is not given.
         max_steps: optimizer steps; -1 follows `num_train_epochs`.
         torch_compile: compile the decoder's layers, once for packs of all sizes; needs a C++ compiler on a CPU.
+        static_shapes: fill every pack up to `max_tokens_per_batch`, so that compiled layers see one size alone.
         gradient_checkpointing: recompute the activations of each layer in the backward.
         activation_checkpointing: transformers' newer name of `gradient_checkpointing`; if given, it counts.
         logging_steps: write metrics every so many steps.
@@ -436,6 +437,7 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     num_train_epochs: float = 3.0
     max_steps: int = -1
     torch_compile: bool = False
+    static_shapes: bool = False
     gradient_checkpointing: bool = False
     activation_checkpointing: bool | None = None
     logging_steps: int = 10

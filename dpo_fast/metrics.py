@@ -71,15 +71,16 @@ class Window:
         """`max_tokens` is the token budget of a pack."""
         self.learning_rate = 0.0
         self._average = PairAverage()
-        self._tokens = self._pairs = self._room = 0
+        self._tokens = self._pairs = self._room = self._padding = 0
         self._max_tokens = max_tokens
         self._start = time.perf_counter()
 
-    def add(self, batch: PackedBatch, metrics: Tensor) -> None:
-        """Count a pack."""
+    def add(self, batch: PackedBatch, metrics: Tensor, *, padding: int = 0) -> None:
+        """Count a pack, and the tokens that it was filled up with."""
         self._average.add(metrics)
         self._tokens += batch.num_tokens
         self._pairs += batch.num_pairs
+        self._padding += padding
         # A group above the budget gets a pack of its own, which is then full.
         self._room += max(self._max_tokens, batch.num_tokens)
 
@@ -99,6 +100,7 @@ class Window:
             "tokens_per_second": self._tokens / seconds,
             "pairs_per_second": self._pairs / seconds,
             "pack_fill": self._tokens / max(self._room, 1),
+            "padding_share": self._padding / max(self._tokens + self._padding, 1),
         }
 
 

@@ -215,6 +215,7 @@ class Policy:
         self.memory_budget = memory_budget
         self.shares_prompts = True
         self.is_compiled = False
+        self.static_tokens: int | None = None
         # As in transformers, a mixture of experts is balanced where its configuration says so; 0 does not balance it.
         balanced = getattr(model.config, "output_router_logits", False)
         self.router_loss_coef: float = getattr(model.config, "router_aux_loss_coef", 0.0) if balanced else 0.0
@@ -270,14 +271,21 @@ class Policy:
         logps, stats = self._head(decoded.rows, batch.targets, want_stats=want_stats)
         return Scored(logps, self._router_loss(decoded.router_logits), stats)
 
+    def padding(self, batch: PackedBatch) -> int:
+        """Tokens that the pack is filled up with, so that all have one size: none unless `static_tokens` is set."""
+        return max(0, (self.static_tokens or 0) - batch.num_tokens) if self.shares_prompts else 0
+
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) fp32 log-probs of `forward`."""
         return self.forward(batch).logps
 
     def _decode_packed(self, batch: PackedBatch) -> _Decoded:
-        layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
-        decoded = self._decode(batch.input_ids, position_ids=batch.position_ids[None], packed_layout=layout)
-        return replace(decoded, rows=decoded.rows.index_select(0, batch.hidden_index))
+        num_tokens, padding = batch.num_tokens, self.padding(batch)
+        layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, num_tokens + padding)
+        ids, positions = (nn.functional.pad(x, (0, padding)) for x in (batch.input_ids, batch.position_ids))
+        decoded = self._decode(ids, position_ids=positions[None], packed_layout=layout)
+        routers = tuple(layer[:num_tokens] for layer in decoded.router_logits)
+        return _Decoded(decoded.rows.index_select(0, batch.hidden_index), routers)
 
     def _decode_answers(self, batch: PackedBatch) -> _Decoded:
         """One sequence an answer, no padding: for models whose sequences cannot share a prompt."""
@@ -346,7 +354,7 @@ class Policy:
             getattr(self.model, new_name if hasattr(self.model, new_name) else "gradient_checkpointing_enable")()
 
     def compile_layers(self, *, backend: str = "inductor") -> None:
-        """Compile the decoder's layers with `torch.compile`, once for packs of all sizes.
+        """Compile the decoder's layers with `torch.compile`, for packs of all sizes or for that of `static_tokens`.
 
         Attention stays as it is: its loop over segments is another one for every pack.
         """
@@ -359,7 +367,8 @@ class Policy:
         if not layers:
             raise UserError(f"--torch_compile: {type(self.model).__name__} does not name its layers; leave it off")
         for layer in layers:
-            layer.compile(dynamic=True, backend=backend)
+            # None: for the first size, and once more for all others if another comes, as of a row above the budget.
+            layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
         self.is_compiled = True
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

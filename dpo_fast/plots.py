@@ -23,7 +23,11 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "nats × β",
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"},
     ),
-    ("How full the packs are: no token is padding", "share of the token budget", {"pack_fill": "training"}),
+    (
+        "How full the packs are",
+        "share of tokens",
+        {"pack_fill": "of the token budget", "padding_share": "padding, of all computed"},
+    ),
 )
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")

@@ -104,6 +104,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     torch.manual_seed(config.seed)
     policy = Policy.load(config, str(checkpoint) if checkpoint else None)
     check_packed_forward(policy, groups)
+    policy.static_tokens = max_tokens if config.static_shapes else None
     if config.torch_compile:
         policy.compile_layers()
     state = load_state(checkpoint / STATE_FILE) if checkpoint else None
@@ -230,7 +231,7 @@ class Trainer:
             metrics = backward(self.policy, batch, self.config, num_pairs, self.shift)
             average.add(metrics)
             self.watch.add(self.step + 1, batch.pair_rows, metrics[0].isfinite())
-            self.window.add(batch, metrics)
+            self.window.add(batch, metrics, padding=self.policy.padding(batch))
         if self.step == 0 and self.config.ref_model is None and needs_reference(self.config):
             check_first_step(average.read(), groups, self.config, self.policy)
         max_norm = self.config.max_grad_norm or math.inf

@@ -71,13 +71,18 @@ class PrefixLayout:
         return self.masks[key]
 
 
-def prefix_layout(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_index: Tensor) -> PrefixLayout:
-    """The layout of a pack, from the (M + 1,) int64 bounds of `PackedBatch` on the CPU and (K,) int64 rows."""
+def prefix_layout(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_index: Tensor, num_rows: int | None = None
+) -> PrefixLayout:
+    """The layout of a pack, from the (M + 1,) int64 bounds of `PackedBatch` on the CPU and (K,) int64 rows.
+
+    `num_rows` counts rows of padding after the last segment as well; None is none.
+    """
     device = kv_index.device
     return PrefixLayout(
         cu_seqlens_q.diff().tolist(),
         cu_seqlens_k.diff().tolist(),
-        RowIndex.of(kv_index, int(cu_seqlens_q[-1])),
+        RowIndex.of(kv_index, int(cu_seqlens_q[-1]) if num_rows is None else num_rows),
         cu_seqlens_q.to(device, torch.int32, non_blocking=True),
         cu_seqlens_k.to(device, torch.int32, non_blocking=True),
     )
@@ -97,7 +102,7 @@ def prefix_attention_ref(
     """`prefix_attention` as the formula has it, query by query; the truth of the tests when given fp64."""
     repeats = query.shape[1] // key.shape[1]
     keys, values = (x[0].repeat_interleave(repeats, 0)[:, layout.kv_index.index] for x in (key, value))
-    out = torch.empty_like(query)
+    out = torch.zeros_like(query)
     first_query = first_key = 0
     for num_queries, num_keys in zip(layout.query_lengths, layout.key_lengths, strict=True):
         for i in range(num_queries):
@@ -142,10 +147,17 @@ def prefix_attention(
             precision, no softcap, no sinks), "flex" (CUDA), "segments" (everywhere), or "auto": the fastest that can.
 
     Returns:
-        (1, H, T, d) in the dtype of `query`.
+        (1, H, T, d) in the dtype of `query`; rows after the last segment, which are padding, are 0.
     """
     if way == "auto":
         way = _best_way(query, softcap, sinks)
+    num_rows, num_queries = query.shape[2], sum(layout.query_lengths)
+    if num_queries < num_rows:
+        query = query[:, :, :num_queries]
+        out = prefix_attention(
+            query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks, way=way
+        )
+        return F.pad(out, (0, 0, 0, num_rows - num_queries))
     if way != "segments":
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         q, k, v = q.contiguous(), gather_rows(k, layout.kv_index), gather_rows(v, layout.kv_index)

@@ -245,5 +245,8 @@ def test_router_loss_is_the_models_own(family_name):
         got = policy.forward(pack([group])).router_loss
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
         assert got.requires_grad
+    use_packed_attention(model)
+    policy.shares_prompts, policy.static_tokens = True, 100
+    torch.testing.assert_close(policy.forward(pack([group])).router_loss, want, rtol=1e-5, atol=1e-7)
     policy.router_loss_coef = 0.0
     assert policy.forward(pack([group])).router_loss is None

@@ -172,6 +172,35 @@ def test_layers_are_compiled_once_for_packs_of_all_sizes():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_with_static_shapes_all_packs_have_one_size_when_compiled():
+    groups = random_groups(18, seed=9)
+    plain, compiled = as_policy(tiny_llama()), as_policy(tiny_llama())
+    compiled.static_tokens = 256
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append([x.shape for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 3])
+        assert all(isinstance(size, int) for shape in sizes[-1] for size in shape), "a size is not fixed"
+        return graph
+
+    compiled.compile_layers(backend=backend)
+    graphs = []
+    for start in range(0, 18, 3):
+        batch = pack(groups[start : start + 3])
+        assert compiled.padding(batch) == 256 - batch.num_tokens > 0
+        want, got = plain.token_logps(batch), compiled.token_logps(batch)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        got.sum().backward()
+        want.sum().backward()
+        graphs.append(len(sizes))
+    assert {shape[1] for shapes in sizes for shape in shapes} == {256}
+    assert graphs[0] == graphs[-1] > 0
+    for got, want in zip(compiled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
 def test_bf16_autocast_stays_near_fp32():
     groups = random_groups(4, seed=7)
     model = tiny_llama()

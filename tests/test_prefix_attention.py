@@ -65,6 +65,24 @@ def test_value_and_gradients_are_the_formulas(way, options, heads, kv_heads):
         torch.testing.assert_close(grad, true, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("way", ["segments", "flash_attn_3"])
+def test_padding_after_the_last_segment_changes_nothing(way, one_call):
+    layout, inputs = make(4, 2)
+    batch = pack(random_groups(4))
+    padded = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, batch.num_tokens + 3)
+    filled = [torch.cat([x, x.new_full((*x.shape[:2], 3, x.shape[3]), torch.nan)], 2).detach() for x in inputs]
+    filled = [x.requires_grad_() for x in filled]
+    want = prefix_attention(*inputs, layout, scale=0.3)
+    got = prefix_attention(*filled, padded, scale=0.3, way=way)
+    torch.testing.assert_close(got[:, :, :-3], want)
+    assert not got[:, :, -3:].any()
+    assert not prefix_attention_ref(*(x.detach() for x in filled), padded, scale=0.3)[:, :, -3:].any()
+    grads, others = (torch.autograd.grad(x.square().sum(), i) for x, i in ((got, filled), (want, inputs)))
+    for grad, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(grad[:, :, :-3], other)
+        assert not grad[:, :, -3:].any()
+
+
 def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, softcap=0.0):
     """What PyTorch's documentation says of `varlen_attn`, in plain PyTorch, and flash-attn's cap."""
     assert cu_q.dtype == cu_k.dtype == torch.int32

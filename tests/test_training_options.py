@@ -119,6 +119,16 @@ def test_token_level_options_train_alike_in_any_packs(options, config):
     assert losses(one) != pytest.approx(losses(train(config(overwrite=True), console=QUIET)), abs=1e-5)
 
 
+def test_static_shapes_fill_every_pack_and_change_no_loss(config):
+    settings = {"max_tokens_per_batch": 40, "overwrite": True, "learning_rate": 1e-3}
+    plain, filled = (train(config(static_shapes=on, **settings), console=QUIET) for on in (False, True))
+    assert losses(filled) == pytest.approx(losses(plain), abs=1e-5)
+    assert losses(plain)[-1] != pytest.approx(losses(plain)[0], abs=1e-4)
+    assert [row["padding_share"] for row in plain.metrics] == [0] * len(plain.metrics)
+    for row in filled.metrics:
+        assert 0 < row["padding_share"] == pytest.approx(1 - row["pack_fill"])
+
+
 def policy_of(seed):
     model = tiny_llama(seed=seed)
     use_packed_attention(model)
