@@ -15,8 +15,9 @@ from dpo_fast.user_code import load_function
 
 # No reference enters these, and none is scored where a run names no other loss.
 REFERENCE_FREE = frozenset({"sft", "sft_tokens", "cpo", "slic", "simpo", "alphapo", "orpo", "odds_ratio", "tpo"})
-# These compare the pairs of a pack with each other; the last sort them, so that weights have no pair to belong to.
+# These sort the pairs of a pack, so that weights have no pair to belong to; those of a batch compare them in some way.
 SORTING = frozenset({"aot", "aot_unpaired"})
+OF_BATCH = SORTING | {"kto", "sft_tokens"}
 OF_SCORES = frozenset({"odpo", "rpo"})
 OF_GOLD = frozenset({"tpo"})
 # Only in a difference of two scores does the partition function of f-DPO cancel.

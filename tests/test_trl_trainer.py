@@ -169,6 +169,11 @@ def test_two_processes(tmp_path, store):
     assert_same_logs(logs[DPOTrainer], logs[TRLTrainer])
     for name, want in weights[TRLTrainer].items():
         torch.testing.assert_close(weights[DPOTrainer][name], want, rtol=0, atol=1e-5, msg=name)
+    (name, tokens), (_, others) = (torch.load(folder / f"batches-{rank}.pt") for rank in range(2))
+    assert name == "BalancedSampler"
+    assert len(tokens) == 5
+    # The first and the last batch are not dealt, since the last is filled up with rows of the first.
+    assert sum(abs(a - b) for a, b in zip(tokens[1:-1], others[1:-1], strict=True)) < 0.15 * sum(tokens[1:-1])
 
 
 @pytest.mark.parametrize(

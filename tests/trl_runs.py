@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import get_sampler
 from datasets import Dataset
 from oracle import SENTENCES, tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
@@ -104,6 +105,11 @@ def train_on_rank(rank, world_size, trainer_class, folder: Path, extra):
     )
     trainer = make_trainer(trainer_class, folder, ddp_backend="gloo", extra=extra)
     trainer.train()
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(0)
+    # Of the steps of an epoch, what this process has to compute.
+    tokens = [int(batch["input_ids"].numel()) for batch in loader]
+    torch.save((type(get_sampler(loader)).__name__, tokens), folder / f"batches-{rank}.pt")
     if rank == 0:
         torch.save((trainer.records.logs, trainer.model.state_dict()), folder / "result.pt")
     torch.distributed.barrier()

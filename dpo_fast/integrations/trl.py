@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate.data_loader import get_sampler
 from datasets import Dataset
 from rich.console import Console
 from trl.trainer.dpo_config import DPOConfig
@@ -27,12 +28,14 @@ from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
 from trl.trainer.utils import use_adapter
 
 from dpo_fast.batch import Group, PackedBatch, pack
+from dpo_fast.data.balance import BalancedSampler, group_cost
 from dpo_fast.data.packing import best_fit_decreasing
 from dpo_fast.guards import attention_windows, check_packed_forward
 from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures, num_unshared_tokens
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
 from dpo_fast.kernels.autotune import cache_dir
 from dpo_fast.model import Policy, Scored, use_own_attention, use_packed_attention
+from dpo_fast.objective import OF_BATCH, loss_names
 from dpo_fast.reference import Reference, ReferenceStore, model_fingerprint
 from dpo_fast.score import fill_reference
 from dpo_fast.step import pair_losses
@@ -159,6 +162,24 @@ class DPOTrainer(TRLTrainer):
         num_rows = len(self.train_dataset)
         rows = range(num_rows if attention_windows(policy.model) else min(8, num_rows))
         return [group_of(self.train_dataset[row], row, self.args.max_length) for row in rows]
+
+    def get_train_dataloader(self) -> Any:
+        """Transformers', with the rows of a step dealt to the processes so that their packs cost alike."""
+        loader: Any = super().get_train_dataloader()
+        state, args = self.accelerator, self.args
+        as_trl_cuts_it = OF_BATCH.intersection(loss_names(self.loss_config)) or self.aux_loss_enabled
+        sampler = get_sampler(loader)
+        if state.num_processes == 1 or as_trl_cuts_it or state.split_batches or sampler is None:
+            return loader
+        lengths = [group_of(example, row, args.max_length) for row, example in enumerate(self.train_dataset)]
+        hidden_size = self.model.config.get_text_config().hidden_size
+        costs = [group_cost(len(x.prompt_ids), map(len, x.answers), hidden_size) for x in lengths]
+        loader.set_sampler(
+            BalancedSampler(
+                sampler, costs, num_processes=state.num_processes, batch_size=args.per_device_train_batch_size
+            )
+        )
+        return loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `Trainer.train`."""

@@ -1,0 +1,74 @@
+"""Which process takes which groups, so that none waits for another.
+
+A group costs what grows with its length and what grows with its square, in tokens' worth of work:
+
+    cost = T + E / 6D        T tokens, E attention scores: P²/2 of the prompt, A (P + A/2) of each answer
+
+A decoder layer of width D spends about 24 D² flop on a token's products and 4 D on a score: 6D scores are a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+
+def group_cost(prompt_length: int, answer_lengths: Iterable[int], hidden_size: int) -> float:
+    """Work of a group whose prompt is computed once, in tokens' worth."""
+    answers = list(answer_lengths)
+    scores = prompt_length**2 / 2 + sum(length * (prompt_length + length / 2) for length in answers)
+    return prompt_length + sum(answers) + scores / (6 * hidden_size)
+
+
+def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
+    """Share items out, equally many to each and of costs as equal as the greedy rule finds.
+
+    Args:
+        costs: of each item; their number is a multiple of `num_shares`.
+        num_shares: at least 1.
+
+    Returns:
+        Indices of each share's items. The same input gives the same shares.
+    """
+    size, rest = divmod(len(costs), num_shares)
+    if rest:
+        raise ValueError(f"costs: expected a multiple of {num_shares} items, got {len(costs)}")
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    sums = [0.0] * num_shares
+    # The costliest first, each to the share that has least so far and room.
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        target = min((k for k in range(num_shares) if len(shares[k]) < size), key=lambda k: (sums[k], k))
+        shares[target].append(item)
+        sums[target] += costs[item]
+    return shares
+
+
+class BalancedSampler:
+    """A sampler's indices, every micro-batch of all processes dealt anew: the same rows in a step, other neighbours."""
+
+    def __init__(self, sampler: Any, costs: Sequence[float], *, num_processes: int, batch_size: int) -> None:
+        """Take a sampler of indices into `costs`; process k takes every k-th run of `batch_size` indices."""
+        self.sampler = sampler
+        self._costs = costs
+        self._num_processes = num_processes
+        self._window = num_processes * batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(self.sampler)
+        whole = len(order) - len(order) % self._window
+        # An end that is no whole micro-batch is filled up with the epoch's first rows, so these stay where they are.
+        start = 0 if whole == len(order) else min(self._window, whole)
+        yield from order[:start]
+        for first in range(start, whole, self._window):
+            window = order[first : first + self._window]
+            for share in deal([self._costs[i] for i in window], self._num_processes):
+                yield from (window[i] for i in share)
+        yield from order[whole:]
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass an epoch on to a sampler that has another order in each."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
