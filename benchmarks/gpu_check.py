@@ -1,4 +1,4 @@
-"""Compile, check and time the head on one GPU in one call, in under 8 minutes; writes one JSON file.
+"""Compile, check and time the head and packs on one GPU in one call, in under 8 minutes; writes one JSON file.
 
     python benchmarks/gpu_check.py --out benchmarks/results/h200-2026-11-23.json
 
@@ -6,6 +6,7 @@
 2. Times: forward + backward, frozen head and scoring against the bare cuBLAS products, TRL's head and Liger's DPO loss,
    interleaved in one process, medians of CUDA event times; `logprob` against the card's copy bandwidth.
 3. Peak memory of each mode beyond its results, and the same bits from two runs.
+4. Attention over packs, each way that is there, against fp64; steps in shared packs beside packs without sharing.
 
 A part that fails is reported with its error, and the others go on; a mode whose result is wrong gets no time. Exit code
 0 only if every part passes. No figure of it is published before it has run on that card.
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from environment import environment
+from gpu_packs import check_attention, time_sharing
 from torch import Tensor
 
 from dpo_fast.fused_loss import FusedLinearDPOLoss
@@ -256,6 +258,7 @@ def main() -> int:
     parts: dict[str, Callable[[], Any]] = {"errors": check_errors, "bits": check_bits, "logprob": time_logprob}
     for rows, dim in ((8192, 4096), (8192, 2048), (16_384, 4096)):
         parts[f"head N {rows} D {dim}"] = lambda rows=rows, dim=dim: time_head(rows, 128_256, dim)
+    parts |= {"attention": check_attention, "sharing": lambda: time_sharing(interleaved)}
     report: dict[str, Any] = {"machine": machine(), "parts": {}, "failed": []}
     for name, part in parts.items():
         if time.monotonic() - started > SECONDS - 90:

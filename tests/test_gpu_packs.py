@@ -1,0 +1,39 @@
+"""The benchmark of packs on a GPU, as far as a CPU can run it: its two layouts compute the same."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import tiny_llama
+
+from dpo_fast.model import Policy, use_packed_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import gpu_packs
+
+
+def test_packs_without_sharing_score_the_same_tokens():
+    model = tiny_llama()
+    use_packed_attention(model)
+    policy = Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
+    found = []
+
+    def interleaved(functions):
+        found.append([function().item() for function in functions.values()])
+        return {"shared": 1.0, "unshared": 2.0}
+
+    out = gpu_packs.time_sharing(interleaved, policy, pairs=1)
+    assert len(found) == 3
+    for shared, unshared in found:
+        assert shared == pytest.approx(unshared, rel=1e-5)
+    assert out["512/512"]["fewer tokens"] == 2048 / 1536
+    assert out["4096/64"]["faster"] == 2
+
+
+def test_every_way_is_checked():
+    from typing import get_args
+
+    from dpo_fast.kernels.prefix_attention import Way
+
+    assert gpu_packs.CAN.keys() == set(get_args(Way)) - {"auto"}
