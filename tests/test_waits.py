@@ -1,20 +1,24 @@
 """No step waits for the device but to report, and then once."""
 
+import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from oracle import random_groups, tiny_llama
-from trl_runs import IGNORED, make_trainer
+from oracle import random_groups, save_tiny_checkpoint, tiny_llama
+from rich.console import Console
+from trl_runs import IGNORED, ROWS, make_trainer
 from waits import waits
 
 from dpo_fast.batch import pack
-from dpo_fast.config import LossConfig
+from dpo_fast.config import DPOConfig, LossConfig
 from dpo_fast.guards import FiniteWatch
 from dpo_fast.integrations.trl import DPOTrainer
 from dpo_fast.metrics import Window
 from dpo_fast.model import Policy, use_packed_attention
 from dpo_fast.step import backward
+from dpo_fast.trainer import Trainer, train
 
 
 def scored_batch(policy):
@@ -49,6 +53,34 @@ def test_a_step_waits_for_nothing(loss):
     assert sum(found.values()) == 1
     assert row["grad_norm"] == norm.item()
     assert row["all_finite"] == 1
+
+
+def test_our_loop_waits_once_a_report(tmp_path, monkeypatch):
+    """Six steps, three reports (the first step is one), and step 0's check of itself."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:12]))
+    config = DPOConfig(
+        **{
+            "model": str(save_tiny_checkpoint(tmp_path / "base")),
+            "data": str(rows),
+            "output_dir": str(tmp_path / "run"),
+        },
+        **{"reference_store": str(tmp_path / "reference.sqlite"), "max_length": 64, "per_device_train_batch_size": 4},
+        **{"max_steps": 6, "logging_steps": 3, "save_steps": 0},
+    )
+    run, found = Trainer.run, Counter()
+
+    def counted(self):
+        with waits() as asked:
+            result = run(self)
+        found.update(asked)
+        return result
+
+    monkeypatch.setattr(Trainer, "run", counted)
+    train(config, console=Console(quiet=True))
+    assert found.pop("guards.check") == 6  # on a CPU alone, where it costs nothing: after every step
+    assert found.pop("objective.<genexpr>") == 1  # ln 2, of tensors on the host, for step 0
+    assert found == {"metrics.read": 3 + 1}
 
 
 @pytest.mark.filterwarnings(*IGNORED)
