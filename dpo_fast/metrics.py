@@ -1,12 +1,13 @@
-"""What a run reports: TRL's metric names, summed on the device and brought to the host once a report."""
+"""What a run reports: TRL's metric names and a few more, summed on the device and brought to the host once a report."""
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from torch import Tensor
 from dpo_fast.batch import PackedBatch
 from dpo_fast.pairs import PairLogps
 
-PAIR_METRICS = (
+TRL_METRICS = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -27,6 +28,7 @@ PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+PAIR_METRICS = (*TRL_METRICS, "lengths/chosen", "lengths/rejected")
 
 
 def pair_metrics(pairs: PairLogps, losses: Tensor, beta: float) -> Tensor:
@@ -34,11 +36,12 @@ def pair_metrics(pairs: PairLogps, losses: Tensor, beta: float) -> Tensor:
     chosen = beta * pairs.chosen_logratio
     rejected = beta * pairs.rejected_logratio
     rows = (losses, chosen, rejected, (chosen > rejected).float(), chosen - rejected, pairs.chosen, pairs.rejected)
-    return torch.stack([row.detach() for row in rows])
+    lengths = (pairs.chosen_len.float(), pairs.rejected_len.float())
+    return torch.stack([row.detach() for row in (*rows, *lengths)])
 
 
 class PairAverage:
-    """Mean of `pair_metrics` over many packs; one host transfer when read."""
+    """Means and spreads of `pair_metrics` over many packs; one host transfer when read."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -46,7 +49,10 @@ class PairAverage:
 
     def add(self, metrics: Tensor) -> None:
         """Add a (len(PAIR_METRICS), P) block."""
-        total = metrics.double().sum(1)
+        figures = metrics.double()
+        rewards, (chosen_len, rejected_len) = figures[1:3], figures[len(TRL_METRICS) :]
+        spread = torch.cat([rewards, (chosen_len - rejected_len)[None]])
+        total = torch.cat([figures.sum(1), (spread @ spread.T).flatten()])
         self._sum = total if self._sum is None else self._sum + total
         self.num_pairs += metrics.shape[1]
 
@@ -56,12 +62,46 @@ class PairAverage:
         return self._sum[PAIR_METRICS.index(name)]
 
     def read(self, also: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """The means by name, and other scalars that come along in the same transfer; empty if nothing was added."""
+        """Means and spreads by name, and other scalars of the same transfer; empty if nothing was added."""
         if self._sum is None:
             return {}
         also = also or {}
-        values = torch.cat([self._sum / self.num_pairs, *(x.detach().double()[None] for x in also.values())])
-        return dict(zip((*PAIR_METRICS, *also), values.tolist(), strict=True))
+        sums = self._sum / self.num_pairs
+        values = torch.cat([sums, *(x.detach().double()[None] for x in also.values())]).tolist()
+        means = dict(zip(PAIR_METRICS, values, strict=False))
+        products = values[len(PAIR_METRICS) : len(sums)]
+        others = dict(zip(also, values[len(sums) :], strict=True))
+        return means | pair_spreads(means, products) | {"num_pairs": self.num_pairs} | others
+
+
+def pair_spreads(means: Mapping[str, float], products: Sequence[float]) -> dict[str, float]:
+    """How rewards and lengths differ from pair to pair: standard deviations, and how margins go with lengths.
+
+    Args:
+        means: those of `PAIR_METRICS`.
+        products: the nine mean products of chosen reward, rejected reward and chosen less rejected length.
+
+    Returns:
+        Standard deviations of both rewards, of the margin and of the difference in length, and the correlation of
+        these two; 0 where one of them does not vary.
+    """
+    centre = (means["rewards/chosen"], means["rewards/rejected"], means["lengths/chosen"] - means["lengths/rejected"])
+    covariance = [[products[3 * i + j] - centre[i] * centre[j] for j in range(3)] for i in range(3)]
+    chosen, rejected, gap = (_root(covariance[i][i], products[4 * i]) for i in range(3))
+    margin = _root(covariance[0][0] + covariance[1][1] - 2 * covariance[0][1], products[0] + products[4])
+    both = covariance[0][2] - covariance[1][2]
+    return {
+        "rewards/chosen_std": chosen,
+        "rewards/rejected_std": rejected,
+        "rewards/margins_std": margin,
+        "lengths/gap_std": gap,
+        "lengths/margins_correlation": max(-1.0, min(1.0, both / (margin * gap))) if margin and gap else 0.0,
+    }
+
+
+def _root(variance: float, size: float) -> float:
+    """The root of a difference of fp64 sums of about `size`; what may be their rounding alone counts as 0."""
+    return math.sqrt(variance) if variance > 1e-12 * size else 0.0
 
 
 class Window:

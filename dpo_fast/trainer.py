@@ -43,6 +43,7 @@ from dpo_fast.progress import ProgressLine, progress_line
 from dpo_fast.reference import AnswerLogps
 from dpo_fast.score import reference_logps, token_budget
 from dpo_fast.step import MovingReference, RewardShift, backward, loss_and_metrics
+from dpo_fast.warning_signs import WarningSigns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -139,6 +140,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     trainer.eval_set = PairSet(eval_groups, references and references[len(groups) :], moving)
     trainer.moving_reference = moving
     trainer.eval_packs = eval_packs
+    trainer.signs = WarningSigns.of_run(config, groups, trainer.train_set.references, resumed=state is not None)
     if state:
         trainer.load_state_dict(state)
         console.print(f"resumed from {checkpoint} at step {trainer.step}", highlight=False, soft_wrap=True)
@@ -168,6 +170,7 @@ class Trainer:
     eval_set: PairSet
     eval_packs: list[list[int]]
     moving_reference: MovingReference | None
+    signs: WarningSigns
     metrics_file: MetricsFile
     line: ProgressLine
 
@@ -205,6 +208,8 @@ class Trainer:
             stop_signals() as stop,
         ):
             self.saved_step = self.step
+            for row in read_metrics(metrics_path):
+                self.signs.observe(row)
             while self.step < self.num_steps and not stop.is_set():
                 self.after_step(self.train_step())
         self.watch.check()
@@ -261,7 +266,7 @@ class Trainer:
         self.line.advance()
         last = step == self.num_steps
         if last or step == 1 or is_due(step, config.logging_steps):
-            self.log(self.read_window(grad_norm))
+            self.log_training(self.read_window(grad_norm))
             self.window = Window(self.sampler.max_tokens)
         with self.window.paused():
             if self.eval_set.groups and (last or is_due(step, config.eval_steps)):
@@ -284,7 +289,15 @@ class Trainer:
             save_checkpoint(self.output_dir, self.step, self.write_checkpoint, keep=self.config.save_total_limit)
         self.saved_step = self.step
 
-    def log(self, row: dict[str, float]) -> None:
+    def log_training(self, row: dict[str, Any]) -> None:
+        """Log a report with what it warns of."""
+        warnings = self.signs.observe(row)
+        self.log(row | {"warnings": warnings} if warnings else row)
+        for text in warnings:
+            line = f"warning (step {self.step}): {text}"
+            self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    def log(self, row: dict[str, Any]) -> None:
         """Write a row of metrics and show it."""
         self.watch.check()
         place = {"epoch": self.step / self.sampler.steps_per_epoch, "step": self.step}

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dpo_fast.batch import PackedBatch
 from dpo_fast.kernels.segment_sum import segment_sum
-from dpo_fast.metrics import PAIR_METRICS, pair_metrics
+from dpo_fast.metrics import TRL_METRICS, pair_metrics
 from dpo_fast.model import Scored
 from dpo_fast.pairs import PairLogps
 
 # The loss is left out: transformers reports its own.
-_OF_PAIRS = PAIR_METRICS[1:]
+_OF_PAIRS = TRL_METRICS[1:]
 _OF_TOKENS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 NAMES = (*_OF_PAIRS, *_OF_TOKENS, "aux_loss")
 
@@ -33,7 +33,7 @@ def micro_batch_figures(
     num_chosen, num_rejected = lengths[batch.chosen].sum(), lengths[batch.rejected].sum()
     num_pairs = torch.full_like(num_chosen, batch.num_pairs)
     sums = [
-        *pair_metrics(pairs, losses, beta)[1:].sum(1),
+        *pair_metrics(pairs, losses, beta)[1 : len(TRL_METRICS)].sum(1),
         *(entropy.sum(), mean_logit[batch.chosen].sum(), mean_logit[batch.rejected].sum(), hits[batch.chosen].sum()),
         torch.zeros_like(losses[0]) if scored.router_loss is None else scored.router_loss / router_loss_coef,
     ]
