@@ -251,7 +251,7 @@ def _labels(row: Row, verdicts: dict[str, list[Verdict]], signals: list[Signal])
 
 
 def _sum(signals: list[Signal], verdicts: Sequence[Verdict]) -> float | None:
-    """The weighted sum; None where a signal that counts has no score. One of weight 0 is measured and does not count."""
+    """The weighted sum; None where a signal that counts has no score. One of weight 0 does not count."""
     total = 0.0
     for signal, verdict in zip(signals, verdicts, strict=True):
         if signal.weight == 0:
