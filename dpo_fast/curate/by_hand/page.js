@@ -63,6 +63,7 @@ function show(next) {
   document.title = `${done} of ${total} · dpo-fast label`;
   element("comparison").hidden = state.finished;
   element("end").hidden = !state.finished;
+  element("choices").hidden = element("skip").hidden = state.finished;
   for (const button of buttons) button.disabled = button.id === "undo" ? !state.can_undo : state.finished;
   clearTimeout(ending);
   if (state.finished) showEnd();

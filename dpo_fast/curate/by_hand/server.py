@@ -216,7 +216,7 @@ class _Guard:
         # Any port: the page may be reached through a tunnel.
         if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", host):
             return "the Host is not this machine"
-        if not secrets.compare_digest(scope["path"].split("/")[1].encode(), self._token.encode()):
+        if not secrets.compare_digest(scope["path"][1:].partition("/")[0].encode(), self._token.encode()):
             return "open the address that dpo-fast label printed when it was started last"
         if scope["method"] not in ("GET", "HEAD") and headers.get("origin") != f"http://{host}":
             return "the Origin is not this page"
