@@ -247,7 +247,7 @@ def test_rows_of_all_forms_are_judged_or_left_out_with_their_reason(tmp_path, ca
 
 
 def test_control_characters_become_signs_and_nothing_else_changes():
-    assert visible("a\tb\r\nc\rd\x00\x1b[2J\x7f\x9b1m\u202e") == "a\tb\nc␍d␀␛[2J␡\\x9b1m\\u202e"
+    assert visible("a\tb\r\nc\rd\x00\x1b[2J\x7f\x9b1m\u202e") == "a\tb\nc" + r"\x0dd\x00\x1b[2J\x7f\x9b1m\u202e"
     harmless = "<b>שלום</b> مرحبا 👩‍🚀 \u200f \u00a0 ␛"
     assert visible(harmless) == harmless
 
@@ -306,6 +306,15 @@ def test_a_result_that_someone_changed_is_not_replaced(tmp_path, monkeypatch):
     assert sum(bool(row["comparisons"]) for row in read(out)) == 2
 
 
+def test_an_interrupt_at_the_terminal_writes_the_result(tmp_path, monkeypatch):
+    words = iter("lr")
+    monkeypatch.setattr(Console, "input", lambda *_: next(words, None) or signal.raise_signal(signal.SIGTERM))
+    text = in_terminal(monkeypatch, tmp_path, [])
+    assert "2 of 4 done" in text
+    assert sum(bool(row["comparisons"]) for row in read(tmp_path / "out.jsonl")) == 2
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_nothing_judged_leaves_nothing(tmp_path, monkeypatch):
     assert "nothing was judged" in in_terminal(monkeypatch, tmp_path, ["q"])
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -348,7 +357,7 @@ def test_the_terminal_shows_hostile_answers_as_text(tmp_path, monkeypatch, width
     assert not set(text) & {chr(code) for code in [*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x202E]}
     assert text.replace("\n", "").count("[bold]markup[/bold]") >= 1
     assert ":smile:" in text
-    assert "[red]␛]0;title␇␛[31mred␛[2J␍\\x9b1m␈" in text
+    assert r"[red]\x1b]0;title\x07\x1b[31mred\x1b[2J\x0d\x9b1m\x08" in text
     assert text.count("x") > 100_000
     assert "(empty)" in text
 

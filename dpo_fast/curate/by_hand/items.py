@@ -15,15 +15,15 @@ from dpo_fast.data.formats import to_preference, to_prompt
 from dpo_fast.data.report import DROPPED, RowError
 
 _CHOSEN, _REJECTED = DataConfig.chosen_column, DataConfig.rejected_column
-# Their pictures for the control characters that have one, the code for the others: C1, which some terminals obey, and
-# the two that show a line's letters in another order than they stand in.
-_VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_VISIBLE |= {0x7F: 0x2421, 0x202D: "\\u202d", 0x202E: "\\u202e"}
-_VISIBLE |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+# Control characters, C1 among them since some terminals obey it, and the two that show letters in another order than
+# they stand in. Unicode's pictures of them would be shorter, but many fonts lack them.
+_CODES = [*range(0x20), *range(0x7F, 0xA0)]
+_VISIBLE = {code: f"\\x{code:02x}" for code in _CODES if chr(code) not in "\n\t"}
+_VISIBLE |= {code: f"\\u{code:04x}" for code in (0x202D, 0x202E)}
 
 
 def visible(text: str) -> str:
-    """The text with its control characters as signs to read; new lines and tabs stay."""
+    """The text with its control characters as escapes, such as `\\x1b`, to read; new lines and tabs stay."""
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 

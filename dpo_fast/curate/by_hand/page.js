@@ -80,7 +80,7 @@ function showComparison() {
     box.textContent = text || "empty";
     box.dir = "auto";
     box.classList.toggle("empty", !text);
-    const length = [...text].length;
+    const length = state[`${side}_length`];
     element(`${side}-length`).textContent = `${length.toLocaleString("en")} character${length === 1 ? "" : "s"}`;
   }
   for (const id of ["prompt", "left", "right"]) element(id).scrollTop = 0;

@@ -152,7 +152,7 @@ def _state(judging: Judging) -> dict[str, Any]:
     if shown is not None:
         item, left, right = shown
         state["prompt"] = [{"role": visible(role), "text": visible(text)} for role, text in item.prompt]
-        state |= {"left": visible(left), "right": visible(right)}
+        state |= {"left": visible(left), "left_length": len(left), "right": visible(right), "right_length": len(right)}
     return state
 
 
