@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_fast.batch import PackedBatch
 from dpo_fast.pairs import PairLogps
 
+METRICS_FILE = "metrics.jsonl"
 TRL_METRICS = (
     "loss",
     "rewards/chosen",

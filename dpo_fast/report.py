@@ -12,11 +12,11 @@ from rich.console import Console
 
 from dpo_fast.checkpoint import write_file_atomically
 from dpo_fast.config import DPOConfig, ReportConfig, UserError
-from dpo_fast.metrics import read_metrics
+from dpo_fast.metrics import METRICS_FILE, read_metrics
 from dpo_fast.pages import render
 from dpo_fast.plots import plot_metrics
 
-METRICS_FILE, CONFIG_FILE, PLOT = "metrics.jsonl", "config.yaml", "report.png"
+CONFIG_FILE, PLOT = "config.yaml", "report.png"
 # Names of metrics.jsonl: what the page calls them, and how they are written.
 FIGURES = {
     "loss": ("loss", "{:.4f}"),

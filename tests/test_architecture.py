@@ -21,7 +21,7 @@ FLOORS = [
     {"batch"},
     {"data"},
     {"model", "reference", "checkpoint", "optim", "metrics", "progress", "plots", "pages", "token_views"},
-    {"guards", "warning_signs"},
+    {"guards", "warning_signs", "run_settings"},
     {"score"},
     {"step"},
     {"trainer", "integrations"},
