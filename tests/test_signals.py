@@ -17,6 +17,7 @@ from dpo_fast.config import SignalConfig, UserError
 from dpo_fast.curate import text_signals, workers
 from dpo_fast.curate.signals import Question, Unjudged, Verdict, Worst, parse_signals, settle, verdict_of
 from dpo_fast.curate.verdict import shorten
+from dpo_fast.curate.worker_main import Heartbeat
 from dpo_fast.curate.workers import judge_texts
 
 HUGE = 10_000_000
@@ -423,6 +424,31 @@ def test_a_row_that_cannot_even_be_read_is_marked_alone(monkeypatch):
     for number, verdicts in found.items():
         poisoned = [[(None, reason)] * 2] * 2
         assert verdicts == (poisoned if number in (2, 5) else [[(1.0, None), (0.0, None)]] * 2)
+
+
+def test_a_heartbeat_is_never_read_half_written(tmp_path):
+    with (tmp_path / "shared").open("w+b") as shared:
+        shared.truncate(Heartbeat.SIZE)
+        writer = """
+            import sys
+            from dpo_fast.curate.worker_main import Heartbeat, Place
+            heartbeat, number = Heartbeat(int(sys.argv[1])), 0
+            while True:
+                number += 1
+                heartbeat.set(Place(number, number, number))
+        """
+        command = [sys.executable, "-c", textwrap.dedent(writer), str(shared.fileno())]
+        heartbeat = Heartbeat(shared.fileno())
+        with subprocess.Popen(command, pass_fds=[shared.fileno()]) as process:
+            while heartbeat.get()[0].row <= 0:
+                assert process.poll() is None
+            seen = {heartbeat.get() for _ in range(300_000)}
+            process.kill()
+        assert len(seen) > 100
+        assert {place for place, _ in seen if len(set(place)) != 1} == set()
+        # Seconds: the machine has run for longer than this process may rest.
+        assert max(seconds for _, seconds in seen) < 60
+        heartbeat.close()
 
 
 def test_workers_that_cannot_start_end_the_run(monkeypatch, tmp_path):

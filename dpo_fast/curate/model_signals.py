@@ -97,8 +97,9 @@ class ModelSignal:
         Raises:
             Unjudged: they are more than the model reads, or none.
         """
-        # Lone surrogates have no tokens.
-        return self.check(self.tokenizer(*(text.encode(errors="replace").decode() for text in texts)))
+        # Lone surrogates have no tokens. As lists, since an empty text alone would not count as the second of a pair.
+        batch = self.tokenizer(*([text.encode(errors="replace").decode()] for text in texts))
+        return self.check({name: values[0] for name, values in batch.items()})
 
     def encode_turns(self, messages: list[dict[str, str]], **options: Any) -> Tokens:
         """Tokens of a conversation in the model's chat template.

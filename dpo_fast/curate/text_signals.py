@@ -181,6 +181,7 @@ def _number_error(column: str, power: int, answer: str, row: Row) -> float:
     return 0.0 - error
 
 
+@lru_cache(maxsize=1)
 def last_number(text: str) -> float | None:
     """The last number in a text: `1,234.5`, `-3`, `.5`, `2e-3`; None where there is none."""
     last = deque(_NUMBER.finditer(text), maxlen=1)

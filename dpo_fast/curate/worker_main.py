@@ -11,7 +11,6 @@ import mmap
 import os
 import resource
 import signal
-import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -78,31 +77,41 @@ class Task:
     is_suspect: bool = False
 
 
-class Heartbeat:
-    """Where a worker is and since when, in memory that the process which started it sees, too."""
+NOWHERE = Place(-1, -1, -1)
 
-    _FORMAT = struct.Struct("<qqqd")
-    SIZE = _FORMAT.size
+
+class Heartbeat:
+    """Where a worker is and since when, in memory that the process which started it sees, too.
+
+    The first word is odd while the others are written, so that nobody reads half of each.
+    """
+
+    SIZE = 5 * 8
 
     def __init__(self, descriptor: int) -> None:
         """Map a file of `SIZE` bytes."""
         self._memory = mmap.mmap(descriptor, self.SIZE)
+        self._words = memoryview(self._memory).cast("q")
 
     def set(self, place: Place) -> None:
         """Say what is begun now."""
-        self._FORMAT.pack_into(self._memory, 0, *place, time.monotonic())
+        words = self._words
+        words[0] += 1
+        words[1], words[2], words[3] = place
+        words[4] = time.monotonic_ns()
+        words[0] += 1
 
     def get(self) -> tuple[Place, float]:
-        """The place, and the seconds since it was begun."""
-        *place, since = self._FORMAT.unpack_from(self._memory)
-        return Place(*place), time.monotonic() - since
+        """The place, and the seconds since it was begun; `NOWHERE` while that is written."""
+        before, *place, since = self._words.tolist()
+        if before % 2 or self._words[0] != before:
+            return NOWHERE, 0.0
+        return Place(*place), (time.monotonic_ns() - since) / 1e9
 
     def close(self) -> None:
         """Unmap it."""
+        self._words.release()
         self._memory.close()
-
-
-NOWHERE = Place(-1, -1, -1)
 
 
 class _TimeUp(BaseException):
