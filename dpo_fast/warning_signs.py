@@ -119,6 +119,10 @@ def _how_many(rows: Iterable[Row], num_pairs: int) -> int:
     return taken
 
 
+def _starts_at_reference(config: DPOConfig) -> bool:
+    return needs_reference(config) and config.ref_model in (None, config.model)
+
+
 Sign = Callable[[Sequence[Row], DPOConfig, int], str | None]
 
 
@@ -133,8 +137,8 @@ class _Fall:
     def of(rows: Sequence[Row], config: DPOConfig, num_distinct: int) -> _Fall | None:
         """None where too few pairs were seen, or where the reference has moved away from the start."""
         latest, start = last_pairs(rows, MIN_PAIRS), None
-        if config.ref_model is not None or not needs_reference(config):
-            # The run does not start at rewards of 0, so its first pairs say where it starts.
+        if not _starts_at_reference(config):
+            # Rewards are not 0 at the start, so the first pairs say what they are.
             first = first_pairs(rows, MIN_PAIRS)
             if config.sync_ref_model or len(first) + len(latest) > len(rows):
                 return None
@@ -234,7 +238,7 @@ def margins_follow_length(rows: Sequence[Row], config: DPOConfig, num_distinct: 
 def separated_at_first(rows: Sequence[Row], config: DPOConfig, num_distinct: int) -> str | None:
     """Against another model as reference, the first pairs are told apart already; said once, when they are complete."""
     first = first_pairs(rows, MIN_PAIRS)
-    if config.ref_model is None or not needs_reference(config) or len(first) < len(rows):
+    if _starts_at_reference(config) or not needs_reference(config) or len(first) < len(rows):
         return None
     start = Reports(first, num_distinct)
     accuracy, margin = start.mean("rewards/accuracies"), start.reward("margins")[0]
@@ -298,7 +302,7 @@ class WarningSigns:
     ) -> WarningSigns:
         """Those of a run on these groups; cached scores of the model that it starts from tell before the first step."""
         text = None
-        if not resumed and config.ref_model is None and references is not None:
+        if not resumed and _starts_at_reference(config) and references is not None:
             text = separated_by_reference(groups, references)
         return cls(config, sum(len(group.pairs) for group in groups), [] if text is None else [text])
 
