@@ -169,21 +169,31 @@ def write_and_judge(config: EvalConfig, console: Console) -> tuple[list[Row], li
     rows = read_objects(config.prompts, config.max_rows, console)
     common = {field.name for field in fields(SampleConfig)} & {field.name for field in fields(EvalConfig)}
     shared = {name: getattr(config, name) for name in common - {"model", "data", "out", "apply_chat_template"}}
-    judged = []
+    written = []
     for name in (config.model, config.reference):
-        sampling = SampleConfig(
-            **shared | {"model": name, "apply_chat_template": False if config.plain_prompts else None}
-        )
-        written = answer_rows(rows, sampling, console=console)
-        judged.append(judge(written, config, console))
-    return judged[0], judged[1]
+        template = False if config.plain_prompts else None
+        sampling = SampleConfig(**shared | {"model": name, "apply_chat_template": template})
+        written.append(answer_rows(rows, sampling, console=console))
+    return judge(written[0], written[1], config, console)
 
 
-def judge(rows: list[Row], config: EvalConfig, console: Console) -> list[Row]:
-    """Rows with `scores` and `signals`."""
+def judge(model: list[Row], reference: list[Row], config: EvalConfig, console: Console) -> tuple[list[Row], list[Row]]:
+    """The rows with `scores` and `signals`. Scores compare answers of one row, so both models' stand in one."""
     shared = {field.name: getattr(config, field.name) for field in fields(SignalConfig)}
-    return label_rows(
-        rows, LabelConfig(**shared, prompt_column=config.prompt_column, device=config.device), console=console
+    labelling = LabelConfig(**shared, prompt_column=config.prompt_column, device=config.device)
+    together = [own | {RESPONSES: own[RESPONSES] + ref[RESPONSES]} for own, ref in zip(model, reference, strict=True)]
+    judged = label_rows(together, labelling, console=console)
+
+    def part(row: Row, own: Row, places: slice) -> Row:
+        signals = {name: scores[places] for name, scores in row["signals"].items()}
+        return own | {"scores": row["scores"][places], "signals": signals}
+
+    return (
+        [part(row, own, slice(len(own[RESPONSES]))) for row, own in zip(judged, model, strict=True)],
+        [
+            part(row, ref, slice(len(own[RESPONSES]), None))
+            for row, own, ref in zip(judged, model, reference, strict=True)
+        ],
     )
 
 

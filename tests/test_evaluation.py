@@ -15,7 +15,7 @@ from dpo_fast import EvalConfig, evaluate
 from dpo_fast.cli import main
 from dpo_fast.config import DataConfig
 from dpo_fast.data import load_groups
-from dpo_fast.evaluation import answer_figures, calibration, pair_figures
+from dpo_fast.evaluation import answer_figures, calibration, judge, pair_figures
 from dpo_fast.model import load_tokenizer
 
 ROWS = [
@@ -128,6 +128,18 @@ def test_the_command_writes_figures_and_answers(folder, capsys):
         for answer in row["model"] + row["reference"]:
             assert answer["score"] == (1 <= len(answer["text"]) <= 12) + ("a" in answer["text"])
     assert figures["answers"]["kl"]["value"] > 0
+
+
+def test_answers_of_both_models_are_judged_in_one_row():
+    """An answer without a number scores one less than the worst of its row, whichever model wrote that one."""
+    own = [{"prompt": "p", "sum": 5, "responses": ["5", "none"], "samples": [{}, {}]}]
+    ref = [{"prompt": "p", "sum": 5, "responses": ["105"], "samples": [{}]}]
+    config = EvalConfig(signals="number:sum")
+    (model,), (reference,) = judge(own, ref, config, Console(quiet=True))
+    assert model["scores"] == [0.0, -101.0]
+    assert reference["scores"] == [-100.0]
+    assert model["signals"] == {"number:sum": [0.0, -101.0]}
+    assert (model["responses"], reference["responses"]) == (["5", "none"], ["105"])
 
 
 def test_a_model_beside_itself_is_level(folder):
