@@ -83,3 +83,13 @@ def test_a_log_of_other_settings_is_refused_or_replaced(tmp_path):
         {"fingerprint": fingerprint(2)},
         {"key": "0", "result": "new"},
     ]
+
+
+@pytest.mark.parametrize("left", [b"", b'{"fingerp'])
+def test_a_log_that_was_cut_before_its_first_line_is_begun_anew(tmp_path, left):
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").write_bytes(left)
+    with WorkLog(out, fingerprint(1), overwrite=False) as log:
+        log.add({"0": "x"})
+    with WorkLog(out, fingerprint(1), overwrite=False) as log:
+        assert log.results == {"0": "x"}

@@ -38,7 +38,8 @@ class WorkLog:
             out.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 found, kept = self._read()
-                if found != header and not overwrite:
+                # A kill before the header was written has left a log that holds nothing.
+                if found not in (header, None) and not overwrite:
                     raise UserError(
                         f"{self.path} was left by an interrupted run with other settings or other rows: give those "
                         "settings to go on with it, or start anew by --overwrite true"
