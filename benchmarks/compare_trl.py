@@ -59,9 +59,11 @@ class Task:
 
 
 def run_dpo_fast(task: Task, scratch: str) -> dict[str, Any]:
-    """Our trainer, with an empty reference store."""
+    """Our trainer, with an empty reference store; like TRL's with `save_strategy="no"` it writes no final model."""
+    from dpo_fast import trainer
     from dpo_fast.config import DPOConfig
-    from dpo_fast.trainer import train
+
+    trainer.write_folder_atomically = lambda folder, write: folder
 
     config = DPOConfig(
         model=task.model,
@@ -71,7 +73,7 @@ def run_dpo_fast(task: Task, scratch: str) -> dict[str, Any]:
         **task.settings(f"{scratch}/run"),
     )
     start = time.perf_counter()
-    result = train(config)
+    result = trainer.train(config)
     return {"seconds": time.perf_counter() - start, "losses": [row["loss"] for row in result.metrics]}
 
 
@@ -106,6 +108,10 @@ def run_trl(task: Task, scratch: str, name: str) -> dict[str, Any]:
 def contest(name: str, task: Task) -> dict[str, Any]:
     """Run one contestant in this process."""
     import torch
+
+    # Loaded when they are first used, which would count as work for whoever has not imported them before.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, get_scheduler  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
 
     from dpo_fast.metrics import peak_memory_gib
 
