@@ -33,6 +33,11 @@ def test_every_kind_of_rows_is_read(tmp_path):
     assert as_rows(dataset, QUIET) == [{"prompt": "a", "x": 1}, {"prompt": "b", "x": None}]
 
 
+def test_a_column_of_two_types_is_explained():
+    with pytest.raises(UserError, match="whose columns have one type each"):
+        as_dataset([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}])
+
+
 def test_an_output_is_never_replaced_unasked(tmp_path):
     path = tmp_path / "out.jsonl"
     assert check_out(str(path), overwrite=False) == path

@@ -55,3 +55,12 @@ def test_curate_block(tmp_path, monkeypatch):
     exec(block, names)
     assert set(names["pairs"].column_names) >= {"prompt", "chosen", "rejected"}
     assert len(names["samples"]) == 2
+
+
+def test_signals_block():
+    first, own = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "signals.md").read_text(), re.S)
+    names = {}
+    exec(first, names)
+    assert str(names["labelled"]["scores"][:]) in first
+    exec(own, names)
+    assert names["brevity"]("ab", {"prompt": "abcd"}) == -0.5

@@ -50,12 +50,23 @@ def as_rows(data: Rows, console: Console) -> list[Row]:
 
 
 def as_dataset(rows: Iterable[Row]) -> Dataset:
-    """Rows as a `datasets.Dataset`; a key that some rows lack is null there."""
+    """Rows as a `datasets.Dataset`; a key that some rows lack is null there.
+
+    Raises:
+        UserError: a column holds values of several types, such as strings and messages.
+    """
+    import pyarrow
     from datasets import Dataset
 
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    try:
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"these rows cannot be one Dataset, whose columns have one type each ({error}): make the column's values "
+            "alike, or use the commands on files, which do not mind"
+        ) from error
 
 
 def check_out(out: str, *, option: str = "--out", overwrite: bool) -> Path:
