@@ -17,6 +17,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpo_fast.batch import Group
 from dpo_fast.checkpoint import write_file_atomically
@@ -29,6 +30,7 @@ from dpo_fast.data import best_fit_decreasing, load_groups
 from dpo_fast.data.tokenize import Tokenizing
 from dpo_fast.intervals import Estimate, bootstrap_interval
 from dpo_fast.model import load_tokenizer
+from dpo_fast.progress import say
 from dpo_fast.reference import AnswerLogps
 from dpo_fast.score import reference_logps, token_budget
 
@@ -63,7 +65,7 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
             write_rows(out.with_suffix(".answers.jsonl"), _side_by_side(*rows))
     if out is not None:
         write_file_atomically(out, json.dumps(figures, indent=2) + "\n")
-        console.print(f"figures: {out}", highlight=False, soft_wrap=True)
+        say(console, f"figures: {out}")
     return figures
 
 
@@ -85,7 +87,7 @@ def _check(config: EvalConfig) -> Path | None:
 def _on_pairs(config: EvalConfig, console: Console) -> dict[str, Any]:
     """Read the pairs, score them with both models through the store, compare."""
     groups, report = load_groups(config, load_tokenizer(config.model, config.chat_template))
-    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    say(console, report.render())
     packs = best_fit_decreasing([group.num_tokens for group in groups], token_budget(config, groups, pairs=8))
     # The reference first: where training used this very store, its scores are there and it is never loaded.
     reference, _ = reference_logps(config, config.reference, groups, packs=packs, console=console)
@@ -317,7 +319,7 @@ def _answers_table(figures: dict[str, Any]) -> Table:
     table = _table(title, "", *SIDES, "rise")
     for name, found in (("score", figures["score"]), *figures["signals"].items()):
         cells = ["not judged"] * 3 if found is None else [_value(found[column]) for column in (*SIDES, "rise")]
-        table.add_row(name, *cells)
+        table.add_row(Text(name), *cells)
     counts = f"{figures['wins']} won, {figures['ties']} tied, {figures['losses']} lost"
     table.add_row("win rate", _value(figures["win_rate"]), "", counts)
     if "kl" in figures:

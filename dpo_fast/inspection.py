@@ -20,6 +20,7 @@ from dpo_fast.config import InspectConfig, UserError
 from dpo_fast.data import best_fit_decreasing, load_groups
 from dpo_fast.inspection_view import print_row, render_page
 from dpo_fast.model import load_tokenizer
+from dpo_fast.progress import say
 from dpo_fast.reference import AnswerLogps
 from dpo_fast.score import reference_logps, token_budget
 from dpo_fast.token_views import AnswerView, PairView, RowView, TokenView, token_pieces
@@ -47,7 +48,7 @@ def inspect_rows(config: InspectConfig, *, console: Console | None = None) -> li
         raise UserError(f"--out {config.out}: expected a file that ends in .html")
     tokenizer = load_tokenizer(config.model, config.chat_template)
     groups, report = load_groups(config, tokenizer)
-    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    say(console, report.render())
     groups = _wanted(groups, config)
     packs = best_fit_decreasing([group.num_tokens for group in groups], token_budget(config, groups, pairs=8))
     reference, _ = reference_logps(config, config.reference, groups, packs=packs, console=console)
@@ -61,7 +62,7 @@ def inspect_rows(config: InspectConfig, *, console: Console | None = None) -> li
     if config.out is not None:
         page = render_page(views, model=config.model, reference=config.reference, data=config.data, beta=config.beta)
         write_file_atomically(Path(config.out), page)
-        console.print(f"page: {config.out}", highlight=False, soft_wrap=True)
+        say(console, f"page: {config.out}")
     return views
 
 

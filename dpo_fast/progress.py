@@ -16,6 +16,11 @@ from rich.progress import (
 )
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: names, answers and reasons are full of brackets, which rich would read as markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def format_metrics(metrics: dict[str, float]) -> str:
     """`loss 0.6931  accuracy 0.50  margin +0.0000  412 tokens/s`, from the names of `metrics.jsonl`."""
     if not metrics:

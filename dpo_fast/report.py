@@ -15,6 +15,7 @@ from dpo_fast.config import DPOConfig, ReportConfig, UserError
 from dpo_fast.metrics import METRICS_FILE, read_metrics
 from dpo_fast.pages import render
 from dpo_fast.plots import plot_metrics
+from dpo_fast.progress import say
 
 CONFIG_FILE, PLOT = "config.yaml", "report.png"
 # Names of metrics.jsonl: what the page calls them, and how they are written.
@@ -72,7 +73,7 @@ def write_report(config: ReportConfig, *, console: Console | None = None) -> Pat
         curves=base64.b64encode((run / PLOT).read_bytes()).decode(),
     )
     write_file_atomically(out, page)
-    console.print(f"report: {out}", highlight=False, soft_wrap=True)
+    say(console, f"report: {out}")
     return out
 
 

@@ -276,3 +276,11 @@ def test_people_judge_by_another_module(monkeypatch):
     for option in ("--by-hand", "--terminal"):
         assert main(["label", "--data", "x.jsonl", "--out", "y.jsonl", option]) == 0
     assert [(config.by_hand, config.terminal) for config in seen] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("spec", ["regex:[a-c]", "regex:[/a]"])
+def test_brackets_are_printed_and_are_no_markup(spec):
+    console = Console(file=io.StringIO(), width=200)
+    (row,) = label_rows([{"prompt": "p", "responses": ["a", "x"]}], LabelConfig(signals=spec), console=console)
+    assert row["scores"] == [1.0, 0.0]
+    assert f"{spec}: mean 0.5 of 2 answers" in console.file.getvalue()

@@ -21,13 +21,14 @@ from dpo_fast.curate.rows import (
     check_out,
     read_objects,
     responses_of,
+    tell_left_out,
     text_of,
     write_rows,
 )
 from dpo_fast.curate.signals import Question, Signal, Verdict, parse_signals
 from dpo_fast.curate.workers import judge_texts
 from dpo_fast.curate.worklog import WorkLog, fingerprint
-from dpo_fast.progress import progress_line
+from dpo_fast.progress import progress_line, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +60,7 @@ def run_label(config: LabelConfig, console: Console | None = None) -> Path:
         labelled = label_rows(rows, config, console=console, log=log)
         write_rows(out, labelled)
         log.finish()
-    console.print(f"{out}: {len(labelled)} rows", highlight=False, soft_wrap=True)
+    say(console, f"{out}: {len(labelled)} rows")
     return out
 
 
@@ -117,7 +118,7 @@ def label_rows(
         if signal.of_rows is not None:
             _judge_by_rows(questions, signal, keep, console)
     for signal in signals:
-        console.print(_summary(signal.spec, verdicts), highlight=False, soft_wrap=True)
+        say(console, _summary(signal.spec, verdicts))
     return [rows[number] | _labels(rows[number], verdicts[number], signals) for number in questions]
 
 
@@ -132,8 +133,7 @@ def _read_questions(rows: Sequence[Row], config: LabelConfig | EvalConfig, conso
             broken.append(str(error) if is_ours else f"row {number}: an answer is neither a string nor messages")
             continue
         questions[number] = Question(row, row.get(config.prompt_column) or "", answers)
-    if broken:
-        console.print(f"{len(broken)} rows left out ({broken[0]})", highlight=False, soft_wrap=True)
+    tell_left_out(console, broken)
     if not questions:
         raise UserError(f"no row has answers: {broken[0] if broken else 'there are no rows'}")
     return questions

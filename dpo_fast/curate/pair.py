@@ -18,6 +18,7 @@ from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read
 from dpo_fast.curate.rows import write_rows as write
 from dpo_fast.curate.sample import SAMPLES
 from dpo_fast.data.formats import choose_pairs
+from dpo_fast.progress import say
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -121,14 +122,14 @@ def run_pair(config: PairConfig, *, console: Console | None = None) -> Path:
         eval_out = check_out(config.eval_out, option="--eval_out", overwrite=config.overwrite)
     rows = read_objects(config.data, config.max_rows, console)
     train, held_out, report = pair_rows(rows, config)
-    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    say(console, report.render())
     if not train:
         raise UserError(f"--data {config.data}: gives no pair to train on")
     write(out, train)
-    console.print(f"{len(train)} pairs: {out}", highlight=False, soft_wrap=True)
+    say(console, f"{len(train)} pairs: {out}")
     if eval_out is not None:
         write(eval_out, held_out)
-        console.print(f"{len(held_out)} pairs held out: {eval_out}", highlight=False, soft_wrap=True)
+        say(console, f"{len(held_out)} pairs held out: {eval_out}")
     return out
 
 
@@ -153,7 +154,7 @@ def pair(data: Rows, *, console: Console | None = None, **settings: Any) -> Data
     console = console or Console()
     config = PairConfig(**settings)
     train, held_out, report = pair_rows(as_rows(data, console), config)
-    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    say(console, report.render())
     if not train:
         raise UserError("no prompt gives a pair to train on")
     if config.eval_split > 0:

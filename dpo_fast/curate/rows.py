@@ -12,6 +12,7 @@ from rich.console import Console
 from dpo_fast.checkpoint import write_file_atomically
 from dpo_fast.config import UserError
 from dpo_fast.data.rows import read_rows
+from dpo_fast.progress import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,11 +36,16 @@ def read_objects(source: str, max_rows: int | None, console: Console) -> list[Ro
             rows.append(row.value)
         else:
             broken.append(f"{row.place}: {row.error or 'expected an object with fields'}")
-    if broken:
-        console.print(f"{source}: {len(broken)} rows left out ({broken[0]})", highlight=False, soft_wrap=True)
+    tell_left_out(console, broken, f"{source}: ")
     if not rows:
         raise UserError(f"--data {source}: holds no usable row; expected one JSON object a line")
     return rows
+
+
+def tell_left_out(console: Console, reasons: Sequence[str], source: str = "") -> None:
+    """Say how many rows are left out, and why the first one is; nothing where there are none."""
+    if reasons:
+        say(console, f"{source}{len(reasons)} rows left out ({reasons[0]})")
 
 
 def as_rows(data: Rows, console: Console) -> list[Row]:

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from dpo_fast.config import SampleConfig, UserError
 from dpo_fast.curate.generate import Writer, load_writer
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, write_rows
+from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, tell_left_out, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
 from dpo_fast.data.formats import Text, to_prompt
 from dpo_fast.data.report import RowError
 from dpo_fast.data.tokenize import Tokenizing
 from dpo_fast.model import load_tokenizer
-from dpo_fast.progress import progress_line
+from dpo_fast.progress import progress_line, say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
         written = sample_rows(rows, config, console=console, log=log)
         write_rows(out, written)
         log.finish()
-    console.print(f"{len(written)} prompts with answers: {out}", highlight=False, soft_wrap=True)
+    say(console, f"{len(written)} prompts with answers: {out}")
     return out
 
 
@@ -77,7 +77,7 @@ def sample_rows(
     written = answer_rows(rows, config, console=console, log=log)
     different = [without_duplicates(row) for row in written]
     before, after = (sum(len(row[RESPONSES]) for row in some) for some in (written, different))
-    console.print(f"{before} answers, {before - after} of them sampled before", highlight=False, soft_wrap=True)
+    say(console, f"{before} answers, {before - after} of them sampled before")
     return different
 
 
@@ -202,8 +202,7 @@ def _prompts(
             refused.append(f"row {number}: {error}")
         else:
             usable.append((row | ({} if tools is None else {config.tools_column: tools}), prompt))
-    if refused:
-        console.print(f"{len(refused)} rows left out ({refused[0]})", highlight=False, markup=False, soft_wrap=True)
+    tell_left_out(console, refused)
     if not usable:
         raise UserError("no row has a prompt to answer" + (f": {refused[0]}" if refused else ""))
     return usable

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from dpo_fast.config import DataConfig, LabelConfig, UserError
-from dpo_fast.curate.rows import Row, responses_of, text_of
+from dpo_fast.curate.rows import Row, responses_of, tell_left_out, text_of
 from dpo_fast.data.formats import to_preference, to_prompt
 from dpo_fast.data.report import DROPPED, RowError
 
@@ -57,8 +57,7 @@ def to_items(rows: Sequence[Row], config: LabelConfig, console: Console) -> list
             refused.append(f"row {number}: {str(error) or DROPPED[error.cause]}")
         except UserError as error:
             refused.append(str(error))
-    if refused:
-        console.print(f"{len(refused)} rows left out ({refused[0]})", highlight=False, markup=False, soft_wrap=True)
+    tell_left_out(console, refused)
     if not items:
         raise UserError(f"--data {config.data}: no row can be judged: {refused[0]}")
     return items

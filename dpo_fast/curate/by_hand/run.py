@@ -18,6 +18,7 @@ from dpo_fast.curate.by_hand.items import to_items
 from dpo_fast.curate.by_hand.judgements import Judging, make_queue
 from dpo_fast.curate.rows import check_out, read_objects, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
+from dpo_fast.progress import say
 
 # Key of the log: hash of the last result that was written from it, which a later one may replace.
 _WRITTEN = "written"
@@ -66,27 +67,24 @@ def _judge(judging: Judging, config: LabelConfig, console: Console) -> None:
     from dpo_fast.curate.by_hand.server import PageServer
 
     with PageServer(judging, config.port) as server:
-        console.print(f"{judging.progress().render()}; open this page, and end by Ctrl-C:", highlight=False)
-        console.print(server.address, highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{judging.progress().render()}; open this page, and end by Ctrl-C:")
+        say(console, server.address)
         server.run()
 
 
 def _write(out: Path, judging: Judging, log: WorkLog, console: Console) -> None:
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     progress = judging.progress()
     if not progress.done and not out.exists():
         log.finish()
-        say("nothing was judged, nothing is written")
+        say(console, "nothing was judged, nothing is written")
         return
     write_rows(out, judging.rows())
-    say(f"{progress.render()}: {out}")
+    say(console, f"{progress.render()}: {out}")
     if judging.is_finished:
         log.finish()
     else:
         log.add({_WRITTEN: _digest(out)})
-        say(f"the same command goes on with it ({log.path} keeps the judgements)")
+        say(console, f"the same command goes on with it ({log.path} keeps the judgements)")
 
 
 def _digest(path: Path) -> str:
