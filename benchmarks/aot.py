@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,13 @@ def launches(capability: int) -> list[Variant]:
         # Launches that differ in nothing but the divisibility of a size are one variant here.
         caught.setdefault(variant.name, variant)
 
-    def all_ways(key: str, default: str, ways: dict[str, Callable[[], None]], device: torch.device) -> str:
-        for way in ways.values():
-            way()
-        return default
+    def every_way(head: Head, hidden: torch.Tensor, *arguments: Any, is_whole: bool) -> None:
+        for way in linear_logprob_gpu._ways(head, hidden, want_stats=arguments[-1] is not None).values():
+            way(head, hidden, *arguments)
 
     with (
         mock.patch.object(JITFunction, "run", catch),
-        mock.patch.object(linear_logprob_gpu, "choose", all_ways),
+        mock.patch.object(linear_logprob_gpu, "_exponentials", every_way),
         mock.patch.object(linear_logprob_triton, "_capability", return_value=capability),
         mock.patch.object(linear_logprob_triton, "_num_programs", return_value=132),
     ):

@@ -1,19 +1,21 @@
-"""Choosing among a few ways to do the same by timing them once; the choice is kept on disk.
+"""Choosing among a few ways to do the same: each is checked, the right ones are timed, and the choice is kept on disk.
 
-Ways differ in rounding alone. A choice is made per GPU, versions and sizes, so that a machine which has chosen once
-gives the same bits from then on; `enabled = False` (`--autotune false`) always takes the default.
+Ways differ in rounding alone. A choice is made per GPU, versions, source of the kernels and sizes, so that a machine
+which has chosen once gives the same bits from then on; `enabled = False` (`--autotune false`) always takes the default.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +23,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dpo_fast")
 
 enabled = True
-_ROUNDS = 3
-_chosen: dict[str, str] = {}
+_ROUNDS = 5
+_known: dict[str, dict[str, Any]] = {}
+_used: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a choice is made on.
+
+    Attributes:
+        ways: by name; functions that all do the same and may be called any number of times.
+        is_right: spoils what the ways write, calls the one of that name, and compares with a truth that none of them
+            made.
+    """
+
+    ways: Mapping[str, Callable[[], object]]
+    is_right: Callable[[str], bool]
 
 
 def cache_dir() -> Path:
@@ -30,25 +47,34 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-fast"
 
 
-def choose(key: str, default: str, ways: Mapping[str, Callable[[], object]], device: torch.device) -> str:
-    """The name of the fastest of `ways` for `key`; `default` where nothing can or shall be timed.
+def choose(key: str, names: Sequence[str], device: torch.device, make_trial: Callable[[], Trial]) -> str:
+    """The name of the fastest right way for `key`; the first of `names` where nothing can or shall be timed.
 
     Args:
-        key: what the choice depends on beside GPU and versions, such as sizes and dtype.
-        default: one of the names.
-        ways: functions that all do the same and may be called any number of times. One that fails to compile or to
-            start is left out.
+        key: what the choice depends on beside GPU, versions and source, such as sizes and dtype.
+        names: of the ways, the default first.
         device: where they run.
+        make_trial: called only if a choice has to be made.
+
+    Raises:
+        RuntimeError: no way gives the right result on this GPU; the message has what each of them did.
     """
-    if not enabled or len(ways) == 1 or not _can_time(device):
-        return default
+    if not enabled or len(names) == 1 or not _can_time(device):
+        return names[0]
     full_key = f"{_machine(device)}, {key}"
-    if full_key not in _chosen:
-        _chosen.update(_read())
-    if _chosen.get(full_key) not in ways:
-        _chosen[full_key] = _fastest(ways, default, device)
-        _write({**_read(), full_key: _chosen[full_key]})
-    return _chosen[full_key]
+    if full_key not in _used:
+        if full_key not in _known:
+            _known.update(_read())
+        if _known.get(full_key, {}).get("choice") not in names:
+            _known[full_key] = _choose(full_key, make_trial(), device)
+            _write({**_read(), full_key: _known[full_key]})
+        _used[full_key] = _known[full_key]
+    return str(_used[full_key]["choice"])
+
+
+def choices() -> dict[str, dict[str, Any]]:
+    """What this process has run with: by key the choice, milliseconds of each way, and ways left out with the cause."""
+    return dict(_used)
 
 
 def _can_time(device: torch.device) -> bool:
@@ -62,56 +88,78 @@ def _machine(device: torch.device) -> str:
     import torch
     import triton
 
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
+    versions = f"CUDA {torch.version.cuda}, torch {torch.__version__}, triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name(device)}, {versions}, kernels {_source_hash()}"
 
 
-def _fastest(ways: Mapping[str, Callable[[], object]], default: str, device: torch.device) -> str:
-    milliseconds = {}
-    for name, way in ways.items():
+def _source_hash() -> str:
+    """Eight digits that change with the kernels' source."""
+    digest = hashlib.blake2b(digest_size=4)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _choose(key: str, trial: Trial, device: torch.device) -> dict[str, Any]:
+    right, left_out = {}, {}
+    for name, way in trial.ways.items():
         try:
-            milliseconds[name] = _milliseconds(way, device)
+            if trial.is_right(name):
+                right[name] = way
+            else:
+                left_out[name] = "wrong result"
         except Exception as error:
-            # Triton raises many types where a GPU has too little of something; the default is left to tell.
-            logger.info("autotune leaves %s out: %s", name, error)
-    logger.info("autotune: %s", ", ".join(f"{name} {ms:.3f} ms" for name, ms in milliseconds.items()))
-    return min(milliseconds, key=milliseconds.__getitem__) if milliseconds else default
+            # Triton raises many types where a GPU has too little of something.
+            left_out[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    for name, reason in left_out.items():
+        log = logger.warning if reason == "wrong result" else logger.info
+        log("autotune leaves %s out (%s): %s", name, key, reason)
+    if not right:
+        raise RuntimeError(
+            f"no kernel gives the right result here ({key}): {left_out}. "
+            'Please report it; backend="torch" of linear_logprob does without them'
+        )
+    milliseconds = _milliseconds(right, device)
+    choice = min(milliseconds, key=milliseconds.__getitem__)
+    record: dict[str, Any] = {"choice": choice, "milliseconds": milliseconds}
+    return {**record, "left out": left_out} if left_out else record
 
 
-def _milliseconds(way: Callable[[], object], device: torch.device) -> float:
-    """Median over a few calls, after one that compiles and warms up."""
+def _milliseconds(ways: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Medians over a few rounds in which the ways take turns; all were called before."""
     import torch
 
-    way()
+    times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.cuda.device(device):
-        times = []
         for _ in range(_ROUNDS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            way()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+            for name, way in ways.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                way()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(some) for name, some in times.items()}
 
 
 def _path() -> Path:
     return cache_dir() / "autotune.json"
 
 
-def _read() -> dict[str, str]:
+def _read() -> dict[str, dict[str, Any]]:
     """What is on disk; a file that cannot be read costs a few timings, no more."""
     try:
         found = json.loads(_path().read_text())
     except (OSError, ValueError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
-def _write(choices: Mapping[str, str]) -> None:
+def _write(records: Mapping[str, Any]) -> None:
     staging = _path().with_suffix(f".{os.getpid()}")
     try:
         staging.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
+        staging.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
         staging.replace(_path())
     except OSError as error:
         logger.info("autotune: %s cannot be written (%s); choices are made anew next time", _path(), error)

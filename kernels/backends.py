@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` with the GPU of its first tensor as the current one.
+
+    PyTorch's own operators see to this themselves. Triton launches on the current GPU, wherever its arguments lie.
+    """
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            return function(*args, **kwargs)
+
+    return guarded
 
 
 def choose_backend(backend: Backend, tensor: Tensor) -> Literal["torch", "triton"]:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpo_fast.kernels.backends import on_its_device
+
 if TYPE_CHECKING:
     from dpo_fast.kernels.gather_rows import RowIndex
 
@@ -53,6 +55,7 @@ def _grid(num_rows: int, width: int) -> tuple[tuple[int, int], int]:
     return (num_rows, triton.cdiv(width, block)), block
 
 
+@on_its_device
 def forward(x: Tensor, rows: RowIndex) -> Tensor:
     """(K, ...) gathered rows, contiguous."""
     num_rows, tail = rows.index.shape[0], x.shape[1:]
@@ -68,6 +71,7 @@ def forward(x: Tensor, rows: RowIndex) -> Tensor:
     return out
 
 
+@on_its_device
 def backward(grad: Tensor, rows: RowIndex) -> Tensor:
     """(T, ...) sums over the places of each row; `grad` is contiguous."""
     num_rows, tail = rows.bounds.shape[0] - 1, grad.shape[1:]

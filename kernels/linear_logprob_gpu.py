@@ -7,7 +7,7 @@ The maths and the names are those of `linear_logprob.py`. Two ways lead from hid
 - *sliced*: cuBLAS makes fp32 products of a slice of columns that stays in the L2 cache, and one pass does the rest: a
   better product where D is large, for one more trip through the L2.
 
-E is kept row-major, rows padded to 16 bytes, so that the backward is two plain products. It is bf16 for bf16
+E is kept row-major, rows padded to 16 numbers, so that the backward is two plain products. It is bf16 for bf16
 and fp16 inputs (fp16 has not the range for unnormalised exponentials, so an fp16 model's gradients carry
 bf16's 8 bits), fp32 for fp32. Rows whose odds leave the range are found and redone on the device, by two
 launches that return at once where there are none: the host never waits.
@@ -15,6 +15,9 @@ launches that return at once where there are none: the host never waits.
 A head without gradient needs no exponentials kept: d logp / d hidden is a row of its own, which the forward
 makes block by block, so that the backward is a scaling. Two products in all, and one block of exponentials in
 memory.
+
+Rows are cut into the same blocks, and a block goes the same way, whether it is scored, trained or trained under a
+frozen head: sums are taken in one order, and a row's log-prob is the same to the bit in all of them.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dpo_fast.kernels.autotune import choose
-from dpo_fast.kernels.linear_logprob_torch import MAX_ODDS, Head, log1p_odds
+from dpo_fast.kernels.autotune import Trial, choose
+from dpo_fast.kernels.backends import on_its_device
+from dpo_fast.kernels.linear_logprob_torch import MAX_ODDS, Head, exponentials_, log1p_odds
 from dpo_fast.kernels.linear_logprob_triton import (
     FILL,
     FUSED_REDO,
@@ -41,17 +45,22 @@ from dpo_fast.kernels.linear_logprob_triton import (
 )
 from dpo_fast.kernels.token_stats import StatsSums, TokenStats
 
-# The default where nothing was timed: beyond this hidden size cuBLAS's better product is expected to outweigh the
-# slice's trip through the L2 cache.
-FUSED_MAX_DIM = 3072
-# Fewer rows are not worth a timing.
-AUTOTUNE_MIN_ROWS = 1024
+# Rows of a block: a power of two, which fills the tiles of a product.
+MAX_BLOCK_ROWS = 1024
+# Exponentials of a block, where they are not kept.
+BLOCK_BYTES = 512 * 2**20
+# Partial sums of a block, 4·V / BLOCK_N bytes a row, five times that with `TokenStats`.
+PARTIAL_BYTES = 32 * 2**20
 # fp32 products of a slice: with the exponentials' writes they stay within the 50 MB of L2 of an H100.
 SLICE_BYTES = 32 * 2**20
-# Partial sums of a block of rows, 4·V / BLOCK_N bytes a row, five times that with `TokenStats`.
-PARTIAL_BYTES = 32 * 2**20
-# Exponentials of a block that is not kept.
-SCRATCH_BYTES = 256 * 2**20
+# Rows that a way is checked on before it may be chosen, and how far its exponentials and their sums may be off: they
+# carry bf16's 8 bits, and the products' fp32 roundings in the exponent.
+CHECKED_ROWS = 8
+CHECKED_ERROR = 2e-2
+
+
+# Writes exponentials of hidden states, targets and anchors to `e`, if there is one, and sums to `odds` and `sums`.
+Way = Callable[[Head, Tensor, Tensor, Tensor, Tensor, Tensor | None, StatsSums | None], None]
 
 
 @dataclass
@@ -79,6 +88,7 @@ class State:
     lost: Tensor
 
 
+@on_its_device
 def forward(
     head: Head, hidden: Tensor, target: Tensor, memory_budget: int, *, frozen: bool = False, want_stats: bool = False
 ) -> tuple[Tensor, State, TokenStats | None]:
@@ -89,7 +99,7 @@ def forward(
     sums = StatsSums.zeros_like(slope) if want_stats else None
     lost = torch.zeros_like(target, dtype=torch.int32)
     state = State(logit.float(), torch.zeros_like(slope), slope, slope, None, None, sums, lost)
-    num_kept = 0 if frozen else min(num_rows, memory_budget // _row_bytes(hidden, vocab))
+    num_kept = 0 if frozen else _num_kept(hidden, vocab, memory_budget, want_stats=want_stats)
     if num_kept:
         state.kept = _empty_exponentials(hidden, num_kept, vocab)
     _make_blocks(head, hidden, target, state, slice(0, num_kept), state.kept)
@@ -103,6 +113,7 @@ def forward(
     return -log1p_odds(state.odds, shift).float(), state, stats
 
 
+@on_its_device
 def backward(
     head: Head,
     hidden: Tensor,
@@ -126,21 +137,18 @@ def backward(
     if kept is not None:
         gradients.add(slice(0, num_kept), kept)
     if num_kept < num_rows:
-        scratch = _empty_exponentials(hidden, _scratch_rows(hidden, vocab), vocab) if kept is None else kept
+        scratch = kept if kept is not None else _empty_exponentials(hidden, _block_rows(hidden, vocab), vocab)
         for start in range(num_kept, num_rows, scratch.shape[0]):
             rows = slice(start, min(start + scratch.shape[0], num_rows))
             e = scratch[: rows.stop - start]
-            arguments = (head, hidden[rows], target[rows], state.anchor[rows])
-            _exponentials(*arguments, torch.zeros_like(grad[rows]), e, None)
-            fused(REDO, *arguments, e, lost=state.lost[rows])
-            _finish(e, target[rows], state.odds[rows], state.slope[rows])
+            _make_again(head, hidden, target, state, rows, e)
             gradients.add(rows, e)
     return gradients.hidden, gradients.finished_weight(), gradients.finished_bias()
 
 
 def _row_bytes(hidden: Tensor, vocab: int) -> int:
-    itemsize = _exponentials_dtype(hidden).itemsize
-    return -(-vocab * itemsize // 16) * 16
+    """Of exponentials: 16 numbers at a time, as aligned as Triton asks for, whatever the vocabulary."""
+    return -(-vocab // 16) * 16 * _exponentials_dtype(hidden).itemsize
 
 
 def _exponentials_dtype(hidden: Tensor) -> torch.dtype:
@@ -148,57 +156,134 @@ def _exponentials_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _empty_exponentials(hidden: Tensor, num_rows: int, vocab: int) -> Tensor:
-    """(R, V), its rows 16 bytes aligned, as TMA stores and fast products want."""
+    """(R, V), its rows aligned as TMA stores and fast products want."""
     dtype = _exponentials_dtype(hidden)
     width = _row_bytes(hidden, vocab) // dtype.itemsize
     return torch.empty(num_rows, width, dtype=dtype, device=hidden.device)[:, :vocab]
 
 
-def _scratch_rows(hidden: Tensor, vocab: int) -> int:
-    return max(min(SCRATCH_BYTES // _row_bytes(hidden, vocab), hidden.shape[0]), 1)
+def _block_rows(hidden: Tensor, vocab: int, *, want_stats: bool = False) -> int:
+    """Rows of a block: as many as its exponentials and its partial sums have room for."""
+    partial_bytes = (20 if want_stats else 4) * -(-vocab // FUSED_REDO["BLOCK_N"])
+    rows = min(MAX_BLOCK_ROWS, BLOCK_BYTES // _row_bytes(hidden, vocab), PARTIAL_BYTES // partial_bytes)
+    return 1 << (max(rows, 1).bit_length() - 1)
+
+
+def _num_kept(hidden: Tensor, vocab: int, memory_budget: int, *, want_stats: bool) -> int:
+    """Rows whose exponentials are kept: whole blocks of them, so that the budget moves no block's border."""
+    room = memory_budget // _row_bytes(hidden, vocab)
+    step = _block_rows(hidden, vocab, want_stats=want_stats)
+    return hidden.shape[0] if hidden.shape[0] <= room else room // step * step
 
 
 def _make_blocks(head: Head, hidden: Tensor, target: Tensor, state: State, rows: slice, kept: Tensor | None) -> None:
-    """Odds, anchors and, where there is room, finished exponentials of `rows`, in blocks bounded by their sums."""
-    row_bytes = (4 if state.sums is None else 20) * -(-head.weight.shape[0] // FUSED_REDO["BLOCK_N"])
-    step = max(PARTIAL_BYTES // row_bytes // 128 * 128, 128)
+    """Odds, anchors and, where there is room, finished exponentials of `rows`, which begin at a block's border."""
+    step = _block_rows(hidden, head.weight.shape[0], want_stats=state.sums is not None)
     for start in range(rows.start, rows.stop, step):
         block = slice(start, min(start + step, rows.stop))
         e = None if kept is None else kept[start - rows.start : block.stop - rows.start]
         anchor, odds = state.anchor[block], state.odds[block]
         sums = None if state.sums is None else state.sums.rows(block)
-        _exponentials(head, hidden[block], target[block], anchor, odds, e, sums)
+        arguments = (head, hidden[block], target[block], anchor)
+        _exponentials(*arguments, odds, e, sums, is_whole=block.stop - block.start == step)
         state.lost[block] = ~(odds <= MAX_ODDS)
-        _redo(head, hidden[block], target[block], state.lost[block], anchor, odds, e, sums)
+        _redo(*arguments, state.lost[block], odds, e, sums)
         if e is not None:
             _finish(e, target[block], odds, state.slope[block])
 
 
+def _make_again(head: Head, hidden: Tensor, target: Tensor, state: State, rows: slice, e: Tensor) -> None:
+    """Finished exponentials of `rows` in `e`, from the anchors that the forward found."""
+    step = _block_rows(hidden, head.weight.shape[0])
+    for start in range(rows.start, rows.stop, step):
+        block = slice(start, min(start + step, rows.stop))
+        part = e[start - rows.start : block.stop - rows.start]
+        arguments = (head, hidden[block], target[block], state.anchor[block])
+        odds = torch.empty_like(state.odds[block])
+        _exponentials(*arguments, odds, part, None, is_whole=block.stop - block.start == step)
+        fused(REDO, *arguments, part, lost=state.lost[block])
+        _finish(part, target[block], state.odds[block], state.slope[block])
+
+
 def _exponentials(
-    head: Head, hidden: Tensor, target: Tensor, anchor: Tensor, odds: Tensor, e: Tensor | None, sums: StatsSums | None
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    odds: Tensor,
+    e: Tensor | None,
+    sums: StatsSums | None,
+    *,
+    is_whole: bool,
 ) -> None:
-    """Write exponentials to `e`, if there is one, and their sums to `odds` and `sums`, by the way that is fastest."""
-    arguments = (head, hidden, target, anchor, odds, e, sums)
+    """Write exponentials to `e`, if there is one, and their sums to `odds` and `sums`.
+
+    Whole blocks go the way that is fastest, others the default one, which is not worth a timing: so the way depends on
+    the block alone, not on which blocks came before it.
+    """
+    ways = _ways(head, hidden, want_stats=sums is not None)
+    name = next(iter(ways))
+    if is_whole and len(ways) > 1:
+        vocab, dim = head.weight.shape
+        epilogue = f"bias {head.bias is not None}, softcap {head.softcap is not None}, stats {sums is not None}"
+        key = f"head, rows {len(hidden)}, V {vocab}, D {dim}, {hidden.dtype}, {epilogue}"
+        trial = partial(_trial, ways, head, hidden, target, anchor, want_stats=sums is not None)
+        name = choose(key, list(ways), hidden.device, trial)
+    ways[name](head, hidden, target, anchor, odds, e, sums)
+
+
+def _ways(head: Head, hidden: Tensor, *, want_stats: bool) -> dict[str, Way]:
+    """All that can be done here, the default first."""
     if hidden.dtype == torch.float32:
-        _sliced(*arguments)
-        return
-    rich, stats = head.bias is not None or head.softcap is not None, sums is not None
-    num_fused = len(fused_choices(hidden, rich=rich, stats=stats))
-    ways: dict[str, Callable[[], None]] = {f"fused {i}": partial(_fused, i, *arguments) for i in range(num_fused)}
-    ways["sliced"] = partial(_sliced, *arguments)
-    (rows, dim), vocab = hidden.shape, head.weight.shape[0]
-    default = "fused 0" if e is None or dim <= FUSED_MAX_DIM else "sliced"
-    if rows < AUTOTUNE_MIN_ROWS:
-        ways[default]()
-        return
-    # Sizes of packs vary from step to step: a choice serves all of about one size.
-    about = 1 << (rows - 1).bit_length()
-    key = f"head, N {about}, V {vocab}, D {dim}, {hidden.dtype}, rich {rich}, stats {stats}, kept {e is not None}"
-    ways[choose(key, default, ways, hidden.device)]()
+        return {"sliced": _sliced}
+    has_epilogue = head.bias is not None or head.softcap is not None
+    choices = fused_choices(hidden, rich=has_epilogue, stats=want_stats)
+    return {**{name: partial(_fused, name) for name in choices}, "sliced": _sliced}
+
+
+def _trial(
+    ways: dict[str, Way], head: Head, hidden: Tensor, target: Tensor, anchor: Tensor, *, want_stats: bool
+) -> Trial:
+    """The ways on a block of exponentials of their own, and what a few of its rows are in plain PyTorch."""
+    vocab = head.weight.shape[0]
+    e, odds = _empty_exponentials(hidden, len(hidden), vocab), torch.empty_like(anchor)
+    sums = StatsSums.zeros_like(odds) if want_stats else None
+    calls = {name: partial(way, head, hidden, target, anchor, odds, e, sums) for name, way in ways.items()}
+    rows = torch.linspace(0, len(hidden) - 1, min(CHECKED_ROWS, len(hidden)), device=hidden.device).long()
+    true_e = torch.empty(len(rows), vocab, dtype=head.dtype, device=hidden.device)
+    true_odds = torch.zeros_like(true_e[:, 0])
+    true_sums = StatsSums.zeros_like(true_odds) if want_stats else None
+    for columns in head.columns(len(rows)):
+        weight, bias = head.tile(columns)
+        arguments = (head, hidden[rows].to(head.dtype), weight, bias, anchor[rows], target[rows] - columns.start)
+        true_odds += exponentials_(true_e[:, columns], *arguments, true_sums)
+    # Rows out of range are not the ways' to get right: they are made again.
+    near = true_odds <= MAX_ODDS
+    places = rows[near]
+
+    def is_right(name: str) -> bool:
+        for x in (e, odds, *(sums or ())):
+            x.fill_(torch.nan)
+        calls[name]()
+        pairs = [(e[places].to(head.dtype), true_e[near]), (odds[places, None], true_odds[near, None])]
+        if sums is not None and true_sums is not None:
+            got, want = sums.rows(places), true_sums.rows(near)
+            pairs += [(got.square[:, None], want.square[:, None]), (got.energy[:, None], want.energy[:, None])]
+            # These may be near 0 in a row, and are as large in all others: compared as one.
+            pairs.append((torch.cat([got.shifted, got.peak])[None], torch.cat([want.shifted, want.peak])[None]))
+        written = e.sum(1, dtype=torch.float32).isfinite() | ~(odds <= MAX_ODDS)
+        return all(_are_close(*pair) for pair in pairs) and bool(written.all() and not odds.isnan().any())
+
+    return Trial(calls, is_right)
+
+
+def _are_close(got: Tensor, want: Tensor) -> bool:
+    """Row by row: exponentials of one row may be larger than all of another's by many digits."""
+    return bool(((got - want).norm(dim=1) <= CHECKED_ERROR * want.norm(dim=1) + 1e-30).all())
 
 
 def _fused(
-    choice: int,
+    choice: str,
     head: Head,
     hidden: Tensor,
     target: Tensor,
@@ -221,9 +306,14 @@ def _sliced(
         sums.clear_()
     vocab = head.weight.shape[0]
     width = max(SLICE_BYTES // (4 * hidden.shape[0]) // 128 * 128, 128)
+    # Where nobody wants them they are written all the same, over and over at one place: a kernel without that store
+    # would be compiled to add up in another order.
+    unwanted = _empty_exponentials(hidden, hidden.shape[0] if e is None else 0, width)
     for start in range(0, vocab, width):
-        z = product_fp32(hidden, head.weight[start : start + width].t())
-        add_slice(z, start, head, target, anchor, odds, e, sums)
+        columns = slice(start, min(start + width, vocab))
+        z = product_fp32(hidden, head.weight[columns].t())
+        part = unwanted[:, : z.shape[1]] if e is None else e[:, columns]
+        add_slice(z, start, head, target, anchor, odds, part, sums)
 
 
 def _reduce_stats(made: Tensor) -> tuple[Tensor, ...]:
@@ -235,8 +325,8 @@ def _redo(
     head: Head,
     hidden: Tensor,
     target: Tensor,
-    lost: Tensor,
     anchor: Tensor,
+    lost: Tensor,
     odds: Tensor,
     e: Tensor | None,
     sums: StatsSums | None,
@@ -258,7 +348,7 @@ def _finish(e: Tensor, target: Tensor, odds: Tensor, slope: Tensor) -> None:
 def _make_unit_grad(head: Head, hidden: Tensor, target: Tensor, state: State, logit: Tensor) -> None:
     """d logp / d hidden of all rows, one block of exponentials at a time."""
     state.unit_grad = torch.empty_like(hidden)
-    step = _scratch_rows(hidden, head.weight.shape[0])
+    step = _block_rows(hidden, head.weight.shape[0], want_stats=state.sums is not None)
     scratch = _empty_exponentials(hidden, step, head.weight.shape[0])
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, min(start + step, hidden.shape[0]))

@@ -198,12 +198,12 @@ def _add_tile(
     rows, tile = hidden[block].to(head.dtype), state.tile(k, columns)
     labels = target[block] - columns.start
     sums = None if state.sums is None else state.sums.rows(block)
-    state.odds[block] += _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels, sums)
+    state.odds[block] += exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels, sums)
     if state.unit_grad is not None:
         state.unit_grad[block].addmm_(tile, weight)
 
 
-def _exponentials_(
+def exponentials_(
     tile: Tensor,
     head: Head,
     hidden: Tensor,
@@ -311,7 +311,7 @@ def _exact_tile(
     tile, odds = rows.new_empty(rows.shape[0], columns.stop - columns.start), torch.zeros_like(anchor)
     for part in _exact_parts(head, columns):
         out = tile[:, part.start - columns.start : part.stop - columns.start]
-        odds += _exponentials_(out, exact, rows, *exact.tile(part), anchor, labels - part.start, sums)
+        odds += exponentials_(out, exact, rows, *exact.tile(part), anchor, labels - part.start, sums)
     return tile, odds
 
 
@@ -375,7 +375,7 @@ def backward(
             rows, tile = hidden[block].to(head.dtype), work.tile(k, columns)
             if k >= len(kept):
                 labels = target[block] - columns.start
-                _exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels)
+                exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels)
                 if state.lost[k].numel():
                     exact, _ = _exact_tile(head, hidden, target, state, k, state.lost[k], columns)
                     tile[state.lost[k]] = exact.to(head.dtype)

@@ -42,7 +42,7 @@ _SMALL = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_stages": 4, "num_w
 FUSED = {
     (80, "plain"): [_SMALL, {**_SMALL, "num_stages": 3}],
     (80, "rich"): [_SMALL],
-    (90, "plain"): [_WIDE, {**_WIDE, "num_stages": 3}, _SQUARE],
+    (90, "plain"): [{**_WIDE, "num_stages": 3}, _WIDE, _SQUARE],
     (90, "rich"): [_SQUARE],
     (100, "plain"): [_SQUARE, {**_SQUARE, "num_stages": 3}],
     (100, "rich"): [{"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 4, "num_warps": 4}],
@@ -50,7 +50,7 @@ FUSED = {
 # Figures beside the odds take registers of their own.
 FUSED_STATS = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 3, "num_warps": 4}
 # Rows are redone in fp64, on every GPU alike.
-FUSED_REDO = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_stages": 2, "num_warps": 4}
+FUSED_REDO = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
 # Consumer Blackwell (12.x) has TMA but Ampere's shared memory and tensor cores.
 TMA_CAPABILITIES = range(90, 120)
 # Triton 3.10 changes the default: contraction of a·b + c is wanted, and stated.
@@ -63,6 +63,19 @@ def _tanh(x):
     e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     t = (1 - e) / (1 + e)
     return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def _add_product(acc, a, b):
+    """acc + a·b in the dtype of `acc`; in fp64 whatever the operands are, without rounding them.
+
+    Triton 3.6 cannot lower an fp64 product of operands that were cast from a narrower load ("fp64 don't support largeK
+    MMA"); behind a sum, here over an axis of one, it does not see the cast.
+    """
+    if acc.dtype == tl.float64:
+        a = tl.sum(a.to(tl.float64)[:, :, None], 2)
+        b = tl.sum(b.to(tl.float64)[:, :, None], 2)
+    return tl.dot(a, b, acc, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -106,8 +119,8 @@ def slice_kernel(
     start, width, z_stride, e_stride, factor, gain,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program: products of columns start .. start + width to exponentials, their sum onto the odds, and
-    onto the sums of `StatsSums`, if there are any."""
+    """One row a program: products of columns start .. start + width to exponentials at `e_ptr`, their sum onto the
+    odds, and onto the sums of `StatsSums`, if there are any."""
     row = tl.program_id(0).to(tl.int64)
     anchor = tl.load(anchor_ptr + row)
     label = tl.load(label_ptr + row) - start
@@ -132,9 +145,8 @@ def slice_kernel(
             energy += tl.sum(tl.where(e > 0, e * distance, 0.0), 0)
             shifted += tl.sum(tl.where(inside, distance, 0.0), 0)
             peak = tl.maximum(peak, tl.max(tl.where(counts, distance, float("-inf")), 0))
-        if e_ptr is not None:
-            out = e_ptr + row * e_stride + start + columns
-            tl.store(out, (e * slope).to(e_ptr.dtype.element_ty), mask=inside)
+        out = e_ptr + row * e_stride + columns
+        tl.store(out, (e * slope).to(e_ptr.dtype.element_ty), mask=inside)
     tl.store(odds_ptr + row, odds)
     if STATS:
         tl.store(square_ptr + row, square)
@@ -192,10 +204,7 @@ def fused_kernel(
                 depths = k + tl.arange(0, BLOCK_K)
                 h = tl.load(h_rows + depths[None, :], mask=depths[None, :] < dim, other=0.0)
                 w = tl.load(w_rows + depths[:, None], mask=depths[:, None] < dim, other=0.0)
-                if ONLY_LOST:
-                    acc = tl.dot(h.to(tl.float64), w.to(tl.float64), acc, out_dtype=tl.float64)
-                else:
-                    acc = tl.dot(h, w, acc)
+                acc = _add_product(acc, h, w)
         # The epilogue takes one half of the columns at a time: half the registers.
         halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         partial = tl.full((BLOCK_M,), float("-inf") if MODE == PEAK else 0.0, tl.float32)
@@ -252,14 +261,19 @@ def scale_rows_kernel(x_ptr, factor_ptr, out_ptr, width, x_stride, out_stride, B
         tl.store(out, (x * factor).to(out_ptr.dtype.element_ty), mask=offsets < width)
 
 
-def fused_choices(hidden: Tensor, *, rich: bool, stats: bool) -> list[dict[str, Any]]:
-    """Blocks, launch options, path and grid that the fused kernel may fill with on this device; see FUSED."""
+def fused_choices(hidden: Tensor, *, rich: bool, stats: bool) -> dict[str, dict[str, Any]]:
+    """By name: blocks, launch options, path and grid that the fused kernel may fill with on this device; see FUSED."""
     capability = _capability(hidden)
     tma = capability in TMA_CAPABILITIES and hidden.shape[1] % 8 == 0
     known = max(key for key, _ in FUSED if key <= capability) if tma else 80
     common = {**FP_FUSION, "NUM_PROGRAMS": _num_programs(hidden), "TMA": tma}
     choices = [FUSED_STATS] if stats else FUSED[known, "rich" if rich else "plain"]
-    return [{**blocks, **common} for blocks in choices]
+    return {_name(blocks): {**blocks, **common} for blocks in choices}
+
+
+def _name(blocks: dict[str, int]) -> str:
+    sizes = "x".join(str(blocks[f"BLOCK_{axis}"]) for axis in "MNK")
+    return f"fused {sizes}, {blocks['num_stages']} stages"
 
 
 def _capability(hidden: Tensor) -> int:
@@ -308,7 +322,7 @@ def fused(
     *,
     lost: Tensor | None = None,
     stats: bool = False,
-    choice: int = 0,
+    choice: str | None = None,
 ) -> Tensor:
     """Launch `fused_kernel`; returns its partial results, (1, or 5 with stats, tiles of columns, N) fp32.
 
@@ -320,13 +334,14 @@ def fused(
         e: (N, V) to write exponentials to, its rows 16 bytes aligned; or None.
         lost: (N,) int32, not 0 for PEAK's and REDO's rows.
         stats: also make the partial results of `StatsSums`.
-        choice: FILL's blocks, an index into `fused_choices`.
+        choice: FILL's blocks, a name in `fused_choices`; None takes the first.
     """
     (num_rows, dim), vocab = hidden.shape, head.weight.shape[0]
     rich = head.bias is not None or head.softcap is not None
     options = {**FUSED_REDO, **FP_FUSION, "NUM_PROGRAMS": _num_programs(hidden), "TMA": False}
     if mode.value == FILL.value:
-        options = fused_choices(hidden, rich=rich, stats=stats)[choice]
+        choices = fused_choices(hidden, rich=rich, stats=stats)
+        options = choices[choice or next(iter(choices))]
     block_m, block_n, block_k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     planes, tiles = 5 if stats else 1, triton.cdiv(vocab, block_n)
     partial = torch.empty(planes, tiles, num_rows, dtype=torch.float32, device=hidden.device)
@@ -351,13 +366,13 @@ def add_slice(
     target: Tensor,
     anchor: Tensor,
     odds: Tensor,
-    e: Tensor | None,
+    e: Tensor,
     sums: StatsSums | None,
 ) -> None:
-    """Turn fp32 products `z` (N, C) of columns from `start` on into exponentials in `e`; add their sums to `odds`."""
+    """Turn fp32 products `z` (N, C) of columns from `start` on into exponentials `e` (N, C); add them up in `odds`."""
     slice_kernel[(z.shape[0],)](
         z, e, head.bias, anchor, target, odds, *(sums or (None,) * 4), start, z.shape[1], z.stride(0),
-        0 if e is None else e.stride(0), *_factors(head), HAS_BIAS=head.bias is not None,
+        e.stride(0), *_factors(head), HAS_BIAS=head.bias is not None,
         HAS_CAP=head.softcap is not None, BLOCK=min(triton.next_power_of_2(z.shape[1]), 4096), num_warps=8, **FP_FUSION,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpo_fast.kernels.backends import on_its_device
 from dpo_fast.kernels.linear_logprob_torch import MAX_ODDS, log1p_odds
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -72,6 +73,7 @@ def gradient_kernel(
     tl.store(out_ptr + row * stride + columns, out.to(out_ptr.dtype.element_ty), mask=columns < vocab)
 
 
+@on_its_device
 def forward(logits_NV: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) fp32 log-probs, 0 where `target` < 0, and (N,) log-sum-exp of the logits."""
     odds = torch.empty(target.shape, dtype=torch.float32, device=logits_NV.device)
@@ -84,6 +86,7 @@ def forward(logits_NV: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(target >= 0, logp, 0.0), z_target - logp
 
 
+@on_its_device
 def backward(logits_NV: Tensor, target: Tensor, lse: Tensor, logp: Tensor, grad: Tensor, out: Tensor) -> None:
     """Write the gradient to `out`, which may be `logits_NV` and has its strides."""
     if target.numel():

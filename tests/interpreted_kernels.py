@@ -11,6 +11,7 @@ from dpo_fast.kernels import linear_logprob_triton as kernels
 from dpo_fast.kernels import logprob_triton
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref, linear_logprob_with_stats
+from dpo_fast.kernels.linear_logprob_torch import Head
 from dpo_fast.kernels.logprob import logprob, logprob_ref
 from dpo_fast.kernels.token_stats import token_stats_ref
 
@@ -88,9 +89,22 @@ def compare(tensors, target, **options):
     return got
 
 
+all_ways = gpu._ways
+
+
+def take(path, monkeypatch):
+    """Let half-precision blocks go this way alone: "fused" or "sliced"."""
+
+    def ways(head, hidden, **options):
+        found = all_ways(head, hidden, **options)
+        return {name: way for name, way in found.items() if name.startswith(path)} or found
+
+    monkeypatch.setattr(gpu, "_ways", ways)
+
+
 @pytest.fixture(params=["fused", "sliced"])
 def _path(request, monkeypatch):
-    monkeypatch.setattr(gpu, "FUSED_MAX_DIM", 3072 if request.param == "fused" else 0)
+    take(request.param, monkeypatch)
     monkeypatch.setattr(gpu, "SLICE_BYTES", 2**13)
 
 
@@ -130,8 +144,8 @@ def test_rows_out_of_range_are_redone(dtype, spread):
 @pytest.mark.parametrize("rows_kept", [0, 1, 16, 39])
 def test_memory_budget(rows_kept, monkeypatch):
     tensors, target = make(40, 97, 16, torch.bfloat16)
-    monkeypatch.setattr(gpu, "SCRATCH_BYTES", 7 * 208)
-    compare(tensors, target, memory_budget=rows_kept * 208)
+    monkeypatch.setattr(gpu, "MAX_BLOCK_ROWS", 8)
+    compare(tensors, target, memory_budget=rows_kept * 224)
 
 
 @pytest.mark.parametrize("spread", [1.0, 80.0])
@@ -139,7 +153,7 @@ def test_memory_budget(rows_kept, monkeypatch):
 def test_frozen_head_and_scoring(spread, options, monkeypatch):
     tensors, target = make(40, 97, 16, torch.bfloat16, spread=spread)
     tensors["weight"].requires_grad_(False)
-    monkeypatch.setattr(gpu, "SCRATCH_BYTES", 7 * 208)
+    monkeypatch.setattr(gpu, "MAX_BLOCK_ROWS", 8)
     trained = compare(tensors, target, **options)
     with torch.no_grad():
         scored = linear_logprob(**tensors, target=target, backend="triton", **options)
@@ -185,12 +199,80 @@ def test_partial_sums_stay_within_their_bytes(function, monkeypatch):
     assert max(sizes) <= 12_000
 
 
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows_kept", [0, 20, 40])
+def test_scored_and_trained_log_probs_are_the_same_to_the_bit(dtype, rows_kept, monkeypatch):
+    """Whatever is kept, and under a frozen head: blocks have the same borders and go the same way."""
+    monkeypatch.setattr(gpu, "MAX_BLOCK_ROWS", 16)
+    borders = []
+    exponentials = gpu._exponentials
+
+    def spy(head, hidden, *arguments, is_whole):
+        borders.append((len(hidden), is_whole))
+        exponentials(head, hidden, *arguments, is_whole=is_whole)
+
+    monkeypatch.setattr(gpu, "_exponentials", spy)
+    tensors, target = make(40, 97, 16, dtype)
+    options = {
+        "target": target,
+        "backend": "triton",
+        "memory_budget": rows_kept * (224 if dtype == torch.bfloat16 else 448),
+    }
+    with torch.no_grad():
+        scored = linear_logprob(**tensors, **options)
+    trained = linear_logprob(**tensors, **options)
+    frozen = linear_logprob(tensors["hidden"], tensors["weight"].detach(), **options)
+    assert borders == 3 * [(16, True), (16, True), (8, False)]
+    assert torch.equal(scored, trained)
+    assert torch.equal(scored, frozen)
+
+
+def lose_a_row(e, odds, sums):
+    e[3].fill_(torch.nan)
+
+
+def halve_a_checked_row(e, odds, sums):
+    e[0] *= 0.5
+
+
+def miss_the_odds(e, odds, sums):
+    odds *= 1.1
+
+
+def miss_a_figure(e, odds, sums):
+    sums[1].mul_(1.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}, {"bias": True}], ids=str)
+@pytest.mark.parametrize("want_stats", [False, True])
+@pytest.mark.parametrize("spoil", [None, lose_a_row, halve_a_checked_row, miss_the_odds, miss_a_figure])
+def test_a_trial_knows_right_from_wrong(options, want_stats, spoil):
+    tensors, target = make(40, 97, 16, torch.bfloat16, spread=8, bias="bias" in options)
+    head = Head(tensors["weight"].detach(), tensors.get("bias"), options.get("softcap"), 1.0, torch.float32)
+    hidden = tensors["hidden"].detach()
+    anchor = kernels.target_logits(head, hidden, target)[0].float()
+
+    def spoiled(*arguments):
+        all_ways(head, hidden, want_stats=want_stats)["sliced"](*arguments)
+        spoil(arguments[-2], arguments[-3], arguments[-1])
+
+    ways = all_ways(head, hidden, want_stats=want_stats)
+    if spoil is not None and (want_stats or spoil is not miss_a_figure):
+        ways["spoiled"] = spoiled
+    with torch.no_grad():
+        trial = gpu._trial(ways, head, hidden, target, anchor, want_stats=want_stats)
+        right = {name: trial.is_right(name) for name in ways}
+    assert right == {name: name != "spoiled" for name in ways}
+    assert len(right) >= 2
+
+
 @pytest.mark.parametrize("rows_kept", [0, 16, 40])
 def test_main_grad(rows_kept):
     tensors, target = make(40, 97, 16, torch.bfloat16)
     (want,) = torch.autograd.grad(linear_logprob(**tensors, target=target, backend="triton").sum(), tensors["weight"])
     main_grad = torch.ones(97, 16)
-    budget = rows_kept * 208
+    budget = rows_kept * 224
     linear_logprob(
         **tensors, target=target, backend="triton", main_grad=main_grad, memory_budget=budget
     ).sum().backward()
@@ -232,7 +314,7 @@ def far_rows():
 @pytest.mark.parametrize("path", ["fused", "sliced"])
 def test_exponentials_beyond_2_to_the_31(path, tma, far_rows, monkeypatch):
     monkeypatch.setattr(kernels, "TMA_CAPABILITIES", range(90, 120) if tma else ())
-    monkeypatch.setattr(gpu, "FUSED_MAX_DIM", 3072 if path == "fused" else 0)
+    take(path, monkeypatch)
     tensors, target = make(3, 64, 16, torch.bfloat16, spread=30)
     near = value_and_gradients(linear_logprob, tensors, target, backend="triton")
     monkeypatch.setattr(gpu, "_empty_exponentials", lambda hidden, rows, vocab: far_rows(vocab, torch.bfloat16))
@@ -255,7 +337,7 @@ def test_logits_beyond_2_to_the_31(far_rows):
 
 @pytest.mark.parametrize("path", ["fused", "sliced"])
 def test_a_vocabulary_of_262144(path, monkeypatch):
-    monkeypatch.setattr(gpu, "FUSED_MAX_DIM", 3072 if path == "fused" else 0)
+    take(path, monkeypatch)
     monkeypatch.setattr(kernels, "FUSED", {key: [{**small, "BLOCK_N": 4096}] for key in kernels.FUSED})
     tensors, target = make(5, 262_144, 16, torch.bfloat16)
     target[1] = 262_143
@@ -359,7 +441,7 @@ def numerics(v, d, path, monkeypatch):
     monkeypatch.setattr(kernels, "FUSED", {key: [blocks] for key in kernels.FUSED})
     monkeypatch.setattr(kernels, "FUSED_REDO", blocks)
     monkeypatch.setattr(gpu, "FUSED_REDO", blocks)
-    monkeypatch.setattr(gpu, "FUSED_MAX_DIM", 10**6 if path == "fused" else 0)
+    take(path, monkeypatch)
     tensors, target = numerics_rows(v, d)
     doubles = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
     want, true_grads = value_and_gradients(linear_logprob_ref, doubles, target)

@@ -1,30 +1,50 @@
 """Choices by timing, without a GPU: the timer is replaced, all else is real."""
 
 import json
+import logging
 
 import pytest
 import torch
 
 from dpo_fast.kernels import autotune
+from dpo_fast.kernels.autotune import Trial
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def timed(monkeypatch, tmp_path):
-    """Ways are timed by what they return; the list of what was timed; a cache folder of its own."""
+    """Ways are timed by what they return; the names of what was timed; a cache folder of its own."""
     calls = []
 
-    def milliseconds(way, device):
-        calls.append(way)
-        return way()
+    def milliseconds(ways, device):
+        calls.extend(ways)
+        return {name: way() for name, way in ways.items()}
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(autotune, "_chosen", {})
+    monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_used", {})
     monkeypatch.setattr(autotune, "_can_time", lambda device: True)
     monkeypatch.setattr(autotune, "_machine", lambda device: "some GPU")
     monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
     return calls
+
+
+def another_process(monkeypatch):
+    monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_used", {})
+
+
+def choose(key, ways, wrong=()):
+    def is_right(name):
+        ways[name]()
+        return name not in wrong
+
+    return autotune.choose(key, list(ways), CPU, lambda: Trial(ways, is_right))
+
+
+def on_disk():
+    return json.loads((autotune.cache_dir() / "autotune.json").read_text())
 
 
 def fail():
@@ -33,47 +53,85 @@ def fail():
 
 def test_the_fastest_is_chosen_once_and_kept_on_disk(timed, monkeypatch):
     ways = {"a": lambda: 3.0, "b": lambda: 1.0, "c": lambda: 2.0}
-    assert [autotune.choose("N 1024", "a", ways, CPU) for _ in range(3)] == ["b"] * 3
+    assert [choose("D 1024", ways) for _ in range(3)] == ["b"] * 3
+    assert timed == ["a", "b", "c"]
+    another_process(monkeypatch)
+    assert autotune.choose("D 1024", list(ways), CPU, fail) == "b"
     assert len(timed) == 3
-    monkeypatch.setattr(autotune, "_chosen", {})  # another process
-    assert autotune.choose("N 1024", "a", ways, CPU) == "b"
-    assert len(timed) == 3
-    assert json.loads((autotune.cache_dir() / "autotune.json").read_text()) == {"some GPU, N 1024": "b"}
+    record = {"choice": "b", "milliseconds": {"a": 3.0, "b": 1.0, "c": 2.0}}
+    assert on_disk() == autotune.choices() == {"some GPU, D 1024": record}
 
 
 def test_keys_are_chosen_apart_and_all_kept(timed):
-    assert autotune.choose("N 1024", "a", {"a": lambda: 1.0, "b": lambda: 2.0}, CPU) == "a"
-    assert autotune.choose("N 2048", "a", {"a": lambda: 2.0, "b": lambda: 1.0}, CPU) == "b"
-    assert len(json.loads((autotune.cache_dir() / "autotune.json").read_text())) == 2
+    assert choose("D 1024", {"a": lambda: 1.0, "b": lambda: 2.0}) == "a"
+    assert choose("D 2048", {"a": lambda: 2.0, "b": lambda: 1.0}) == "b"
+    assert len(on_disk()) == 2
 
 
 def test_a_way_that_fails_is_left_out(timed):
-    assert autotune.choose("k", "a", {"a": fail, "b": lambda: 9.0}, CPU) == "b"
-    assert autotune.choose("l", "a", {"a": fail, "b": fail}, CPU) == "a"
+    assert choose("k", {"a": fail, "b": lambda: 9.0}) == "b"
+    assert on_disk()["some GPU, k"]["left out"] == {"a": "RuntimeError: out of resources: shared memory"}
 
 
-def test_a_choice_that_is_no_more_is_made_anew(timed):
-    autotune.choose("k", "a", {"a": lambda: 2.0, "old": lambda: 1.0}, CPU)
-    assert autotune.choose("k", "a", {"a": lambda: 2.0, "new": lambda: 1.0}, CPU) == "new"
+def test_a_wrong_result_never_wins_and_is_told(timed, caplog):
+    with caplog.at_level(logging.WARNING, logger="dpo_fast"):
+        assert choose("k", {"a": lambda: 2.0, "fast": lambda: 1.0}, wrong=["fast"]) == "a"
+    assert timed == ["a"]
+    assert "leaves fast out" in caplog.text
+    assert autotune.choices()["some GPU, k"]["left out"] == {"fast": "wrong result"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"some GPU, k": 7}'])
+def test_without_a_right_way_nothing_is_computed(timed):
+    with pytest.raises(RuntimeError, match=r'(?s)no kernel gives the right result.*shared memory.*backend="torch"'):
+        choose("k", {"a": fail, "b": lambda: 1.0}, wrong=["b"])
+    assert not (autotune.cache_dir() / "autotune.json").exists()
+
+
+def test_a_choice_that_is_no_more_is_made_anew(timed, monkeypatch):
+    choose("k", {"a": lambda: 2.0, "old": lambda: 1.0})
+    another_process(monkeypatch)
+    assert choose("k", {"a": lambda: 2.0, "new": lambda: 1.0}) == "new"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"some GPU, k": "a"}'])
 def test_a_damaged_file_costs_timings_alone(timed, content):
     autotune.cache_dir().mkdir()
     (autotune.cache_dir() / "autotune.json").write_text(content)
-    assert autotune.choose("k", "a", {"a": lambda: 2.0, "b": lambda: 1.0}, CPU) == "b"
+    assert choose("k", {"a": lambda: 2.0, "b": lambda: 1.0}) == "b"
 
 
 def test_a_cache_that_cannot_be_written_costs_timings_alone(timed, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert autotune.choose("k", "a", {"a": lambda: 2.0, "b": lambda: 1.0}, CPU) == "b"
+    assert choose("k", {"a": lambda: 2.0, "b": lambda: 1.0}) == "b"
 
 
 def test_off_and_without_a_gpu_it_is_the_default(timed, monkeypatch):
     ways = {"a": lambda: 2.0, "b": lambda: 1.0}
     monkeypatch.setattr(autotune, "enabled", False)
-    assert autotune.choose("k", "a", ways, CPU) == "a"
+    assert choose("k", ways) == "a"
     monkeypatch.undo()
-    assert autotune.choose("k", "a", ways, CPU) == "a"
+    assert choose("k", ways) == "a"
     assert not timed
+
+
+def test_a_change_of_the_kernels_changes_the_key(monkeypatch, tmp_path):
+    source = tmp_path / "head.py"
+    source.write_text("a")
+    monkeypatch.setattr(autotune, "__file__", str(tmp_path / "autotune.py"))
+    before = autotune._source_hash()
+    source.write_text("b")
+    assert autotune._source_hash() != before
+
+
+def test_a_run_keeps_its_choices(timed, tmp_path):
+    from types import SimpleNamespace
+
+    from dpo_fast.trainer import CHOICES_FILE, Trainer
+
+    run = SimpleNamespace(output_dir=tmp_path)
+    Trainer.write_kernel_choices(run)
+    assert not (tmp_path / CHOICES_FILE).exists()
+    choose("k", {"a": lambda: 2.0, "b": lambda: 1.0})
+    Trainer.write_kernel_choices(run)
+    assert json.loads((tmp_path / CHOICES_FILE).read_text()) == autotune.choices()

@@ -55,3 +55,56 @@ def test_without_triton_a_gpu_takes_the_torch_backend_and_is_told_once():
 
 def test_everything_works_where_triton_is_not_installed():
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
+
+
+def test_every_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch):
+    """Triton launches on the current GPU, whichever that is, so it is made that of the first tensor."""
+    from contextlib import contextmanager
+
+    from triton.runtime.jit import JITFunction
+
+    from dpo_fast.kernels import gather_rows_triton, linear_logprob_gpu, logprob_triton
+    from dpo_fast.kernels.gather_rows import RowIndex
+    from dpo_fast.kernels.linear_logprob_torch import Head
+
+    current, launched = [], set()
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def launch(kernel, *args, **kwargs):
+        assert current == [torch.device("meta")], kernel.__name__
+        launched.add(kernel.__name__)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(JITFunction, "run", launch)
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ids, logps = empty(12, dtype=torch.int64), empty(12, dtype=torch.float32)
+    head = Head(empty(64, 16), None, None, 1.0, torch.float32)
+    for frozen in (False, True):
+        _, state, _ = linear_logprob_gpu.forward(head, empty(12, 16), ids, 0, frozen=frozen)
+        linear_logprob_gpu.backward(head, empty(12, 16), ids, state, logps, (True, not frozen, False))
+    lse = logprob_triton.forward(empty(12, 64), ids)[1]
+    logprob_triton.backward(empty(12, 64), ids, lse, logps, logps, empty(12, 64))
+    rows = RowIndex(ids, ids, empty(13, dtype=torch.int64))
+    gather_rows_triton.backward(gather_rows_triton.forward(empty(12, 2, 8), rows), rows)
+    assert len(launched) >= 7
+    assert not current
+
+
+def test_the_device_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    """Triton and bitsandbytes launch on the current GPU."""
+    from dpo_fast.model import pick_device
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+    assert chosen == [torch.device("cuda:1")]
