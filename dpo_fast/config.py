@@ -80,7 +80,10 @@ class ModelConfig:
         bf16: run the forward and backward in bfloat16 autocast; null is true on a GPU, false on a CPU.
         max_tokens_per_batch: token budget of one pack; null is twice `max_length`, so that any pair fits.
         head_memory_budget_gib: GiB that the LM head may hold for its exponentials.
-        autotune: on a GPU, time the head's kernels once for each size and keep the fastest; false takes the defaults.
+        autotune: on a GPU, check and time the head's kernels once for each vocabulary and hidden size and keep the
+            fastest; false takes the defaults.
+        deterministic_attention: on a GPU, let attention's backward add in a fixed order, so that two runs give the same
+            bits; false is a little faster.
         reference_store: SQLite file of reference log-probs; null is `reference.sqlite` in the user's cache folder.
     """
 
@@ -91,6 +94,7 @@ class ModelConfig:
     max_tokens_per_batch: int | None = None
     head_memory_budget_gib: float = 2.0
     autotune: bool = True
+    deterministic_attention: bool = True
     reference_store: str | None = None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dpo_fast.batch import PackedBatch
 from dpo_fast.config import ModelConfig, UserError
 from dpo_fast.kernels import autotune
+from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
 from dpo_fast.kernels.prefix_attention import PrefixLayout, prefix_attention, prefix_layout
 from dpo_fast.kernels.token_stats import TokenStats
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 PACKED_ATTENTION = "dpo_fast_packed"
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 # Keyword arguments of attention that change what it computes and that packs do not honour; a model that uses one is
 # scored answer by answer.
 _UNSUPPORTED_ATTENTION = ("position_bias", "alibi", "chunk_size", "indices", "block_indices")
@@ -44,6 +45,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            # Libraries that launch kernels of their own (Triton, bitsandbytes) do it on the current device.
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here: {_first_line(error)}") from error
     return device
@@ -164,10 +168,22 @@ def _packed_attention(
         if kwargs.get(name) is not None:
             raise CannotPack(f"{type(module).__name__} uses {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _in_one_dtype(query, key, value)
     out = prefix_attention(
         query, key, value, packed_layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
     )
     return out.transpose(1, 2), None
+
+
+def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys in the dtype that attention runs in, as transformers' own flash attention has them.
+
+    Rotary embeddings and norms of queries leave them in fp32 under autocast, and in some models of half-precision
+    weights, while the values come from a product and are in the dtype that all three are meant to have.
+    """
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
@@ -205,14 +221,31 @@ class _Decoded:
 class Policy:
     """A model with what it needs to score packs: its device, its compute dtype and the head's memory budget."""
 
-    def __init__(self, model: PreTrainedModel, *, device: torch.device, bf16: bool, memory_budget: int) -> None:
-        """Take a model from `load_model`; `bf16` runs it in bfloat16 autocast, `memory_budget` is in bytes."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        bf16: bool,
+        memory_budget: int,
+        deterministic_attention: bool = True,
+    ) -> None:
+        """Take a model.
+
+        Args:
+            model: from `load_model`.
+            device: it is moved there.
+            bf16: run it in bfloat16 autocast.
+            memory_budget: bytes that the head may keep.
+            deterministic_attention: let attention's backward add in a fixed order on a GPU, too.
+        """
         self.model: Any = model
         model.to(device=device)  # type: ignore[call-arg]
         model.eval()
         self.device = device
         self.bf16 = bf16
         self.memory_budget = memory_budget
+        self.deterministic_attention = deterministic_attention
         self.shares_prompts = True
         self.is_compiled = False
         self.static_tokens: int | None = None
@@ -234,6 +267,7 @@ class Policy:
             device=device,
             bf16=bf16 and dtype is torch.float32,
             memory_budget=int(config.head_memory_budget_gib * 2**30),
+            deterministic_attention=config.deterministic_attention,
         )
 
     @property
@@ -281,11 +315,16 @@ class Policy:
 
     def _decode_packed(self, batch: PackedBatch) -> _Decoded:
         num_tokens, padding = batch.num_tokens, self.padding(batch)
-        layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, num_tokens + padding)
+        layout = prefix_layout(
+            *(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, num_tokens + padding),
+            deterministic=self.deterministic_attention,
+        )
         ids, positions = (nn.functional.pad(x, (0, padding)) for x in (batch.input_ids, batch.position_ids))
         decoded = self._decode(ids, position_ids=positions[None], packed_layout=layout)
         routers = tuple(layer[:num_tokens] for layer in decoded.router_logits)
-        return _Decoded(decoded.rows.index_select(0, batch.hidden_index), routers)
+        # The prompt's last row is read for each of its answers: `gather_rows` sums its gradient in a fixed order.
+        rows = gather_rows(decoded.rows, RowIndex.of(batch.hidden_index, num_tokens + padding))
+        return _Decoded(rows, routers)
 
     def _decode_answers(self, batch: PackedBatch) -> _Decoded:
         """One sequence an answer, no padding: for models whose sequences cannot share a prompt."""

@@ -18,19 +18,25 @@ The ways. On a GPU in half precision one call for all segments:
     flex           FlexAttention: for sinks, which the others lack, and for caps where no package is installed
 
 Everywhere else, and in fp32 on a GPU, one scaled-dot-product call per segment. `_WAYS` has what each of them can do.
+
+PyTorch's own kernels add up dQ in whatever order their blocks end, unless they are told otherwise. A layout that is
+`deterministic` tells them, for the backward of attention alone: two runs then give the same bits. The packages are
+always told; FlexAttention has a fixed order of its own.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 
@@ -45,6 +51,7 @@ class PrefixLayout:
         query_lengths, key_lengths: M lengths, one a segment.
         kv_index: (K,) rows that form the keys, and the way back.
         cu_seqlens_q, cu_seqlens_k: (M + 1,) int32 bounds on the device of `kv_index`.
+        deterministic: whether the backward adds in a fixed order on a GPU, too.
         masks, block_masks: made when first needed, shared by all layers; FlexAttention's by window.
     """
 
@@ -53,6 +60,7 @@ class PrefixLayout:
     kv_index: RowIndex
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+    deterministic: bool = True
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     block_masks: dict[int | None, Any] = field(default_factory=dict)
 
@@ -72,7 +80,12 @@ class PrefixLayout:
 
 
 def prefix_layout(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, kv_index: Tensor, num_rows: int | None = None
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    kv_index: Tensor,
+    num_rows: int | None = None,
+    *,
+    deterministic: bool = True,
 ) -> PrefixLayout:
     """The layout of a pack, from the (M + 1,) int64 bounds of `PackedBatch` on the CPU and (K,) int64 rows.
 
@@ -85,6 +98,7 @@ def prefix_layout(
         RowIndex.of(kv_index, int(cu_seqlens_q[-1]) if num_rows is None else num_rows),
         cu_seqlens_q.to(device, torch.int32, non_blocking=True),
         cu_seqlens_k.to(device, torch.int32, non_blocking=True),
+        deterministic,
     )
 
 
@@ -200,14 +214,49 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(
-        *(q, k, v, *layout.bounds),
-        scale=scale,
-        window_size=_window_size(window),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    options: dict[str, Any] = {"scale": scale, "window_size": _window_size(window)}
+    if q.shape[1] != k.shape[1] and _has_parameter(varlen_attn, "enable_gqa"):
+        options["enable_gqa"] = True
+    out = varlen_attn(*(q, k, v, *layout.bounds), **options)
     assert isinstance(out, Tensor)
+    return _in_fixed_order(out) if layout.deterministic else out
+
+
+@cache
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """torch 2.11's `varlen_attn` takes fewer key heads unasked and has no keyword for it; 2.12 wants to be asked."""
+    return name in inspect.signature(function).parameters
+
+
+def _in_fixed_order(out: Tensor) -> Tensor:
+    """Run the backward of the attention kernel that made `out` under deterministic algorithms, and nothing else."""
+    node = out.grad_fn if out.is_cuda else None
+    # Without such a kernel attention is plain products, whose order is fixed, and which cuBLAS would refuse there.
+    if node is not None and "att" in node.name().lower():
+        _run_deterministically(node)
     return out
+
+
+def _run_deterministically(node: Node) -> None:
+    settings: Any = torch.utils.deterministic
+    before: list[tuple[str, bool]] = []
+
+    def enter(*_: object) -> None:
+        before.append((_determinism(), settings.fill_uninitialized_memory))
+        # A warning alone would leave the order as it is; and what the kernels write need not be filled beforehand.
+        torch.set_deterministic_debug_mode("error")
+        settings.fill_uninitialized_memory = False
+
+    def leave(*_: object) -> None:
+        mode, settings.fill_uninitialized_memory = before.pop()
+        torch.set_deterministic_debug_mode(mode)
+
+    node.register_prehook(enter)
+    node.register_hook(leave)
+
+
+def _determinism() -> str:
+    return ("default", "warn", "error")[torch.get_deterministic_debug_mode()]
 
 
 def _flash_attn(
@@ -277,9 +326,10 @@ def _segment(
     grouped = query.shape[1] != key.shape[1]
     if softcap is None and sinks is None:
         mask = None if is_causal else layout.mask(num_queries, num_keys, window)
-        return F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
+        return _in_fixed_order(out) if layout.deterministic else out
     heads, kv_heads = query.shape[1], key.shape[1]
     q = query.reshape(1, kv_heads, heads // kv_heads, num_queries, -1)
     scores = scale * (q @ key[:, :, None].transpose(-1, -2))

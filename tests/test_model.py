@@ -10,7 +10,8 @@ from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_t
 from dpo_fast.batch import Group, Ranking, pack, pair_logps
 from dpo_fast.config import DPOConfig, ModelConfig, UserError
 from dpo_fast.guards import check_packed_forward
-from dpo_fast.model import Policy, load_tokenizer, use_packed_attention
+from dpo_fast.kernels.prefix_attention import prefix_attention
+from dpo_fast.model import Policy, _in_one_dtype, load_tokenizer, use_packed_attention
 from dpo_fast.objective import preference_loss
 from dpo_fast.step import backward
 from dpo_fast.trainer import PairSet
@@ -277,3 +278,31 @@ def test_saved_model_loads_and_agrees(tmp_path):
     again = Policy.load(ModelConfig(model=str(tmp_path / "copy")))
     batch = pack(random_groups(2))
     assert torch.equal(policy.score(batch), again.score(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_gets_queries_keys_and_values_of_one_dtype(dtype, autocast, monkeypatch):
+    """Under autocast rotary embeddings leave queries and keys in fp32, which no fused attention takes."""
+    from dpo_fast import model as model_module
+
+    seen = []
+
+    def spy(query, key, value, *args, **kwargs):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return prefix_attention(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(model_module, "prefix_attention", spy)
+    llama = tiny_llama(dtype=dtype)
+    use_packed_attention(llama)
+    policy = Policy(llama, device=torch.device("cpu"), bf16=autocast, memory_budget=2**30)
+    batch = pack(random_groups(3))
+    policy.token_logps(batch).sum().backward()
+    wanted = torch.bfloat16 if autocast else dtype
+    assert seen == [(wanted,) * 3] * llama.config.num_hidden_layers
+
+
+def test_mixed_dtypes_become_the_values():
+    """Norms of queries and keys may be in fp32 in a model of half-precision weights."""
+    query, key, value = (torch.zeros(1, 2, 3, 4, dtype=x) for x in (torch.float32, torch.float32, torch.bfloat16))
+    assert {x.dtype for x in _in_one_dtype(query, key, value)} == {torch.bfloat16}

@@ -83,7 +83,7 @@ def test_padding_after_the_last_segment_changes_nothing(way, one_call):
         assert not grad[:, :, -3:].any()
 
 
-def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, softcap=0.0):
+def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False, softcap=0.0):
     """What PyTorch's documentation says of `varlen_attn`, in plain PyTorch, and flash-attn's cap."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
@@ -103,6 +103,11 @@ def varlen_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, ena
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, vs.repeat_interleave(repeats, 1)))
     return torch.cat(parts)
+
+
+def varlen_of_torch_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    """It groups queries unasked."""
+    return varlen_by_hand(*(q, k, v, cu_q, cu_k, max_q, max_k), scale=scale, window_size=window_size, enable_gqa=True)
 
 
 def flash_attn_by_hand(*tensors_and_bounds, softmax_scale, causal, window_size, softcap, deterministic):
@@ -250,3 +255,51 @@ def test_gather_and_its_sum(dtype):
 def test_an_index_of_other_rows_is_refused():
     with pytest.raises(ValueError, match="expected 5 rows"):
         gather_rows(torch.zeros(4, 2), RowIndex.of(torch.tensor([0, 1]), 5))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_varlen_of_torch_2_11_knows_no_grouped_queries(kv_heads, monkeypatch):
+    import torch.nn.attention.varlen
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_of_torch_2_11)
+    layout, inputs = make(4, kv_heads)
+    want = prefix_attention_ref(*inputs, layout, scale=0.3)
+    torch.testing.assert_close(prefix_attention(*inputs, layout, scale=0.3, way="varlen"), want)
+
+
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_one_node_of_a_backward_runs_under_deterministic_algorithms(mode):
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory))
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    torch.set_deterministic_debug_mode(mode)
+    try:
+        middle = Watched.apply(Watched.apply(x))
+        attention_module._run_deterministically(middle.grad_fn)
+        Watched.apply(middle).sum().backward()
+        before = torch.get_deterministic_debug_mode()
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    outside = (["default", "warn", "error"].index(mode), True)
+    assert before == outside[0]
+    assert seen == [outside, (2, False), outside]
+
+
+def test_only_kernels_of_attention_are_asked_for_a_fixed_order(monkeypatch):
+    asked = []
+    monkeypatch.setattr(attention_module, "_run_deterministically", lambda node: asked.append(node))
+    kernel = SimpleNamespace(name=lambda: "ScaledDotProductEfficientAttentionBackward0")
+    product = SimpleNamespace(name=lambda: "BmmBackward0")
+    for is_cuda, node in ((True, kernel), (True, product), (True, None), (False, kernel)):
+        attention_module._in_fixed_order(SimpleNamespace(is_cuda=is_cuda, grad_fn=node))
+    assert asked == [kernel]
