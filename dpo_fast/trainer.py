@@ -9,6 +9,7 @@ cut into packs changes neither loss nor gradient. The reference is scored before
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import threading
@@ -29,11 +30,13 @@ from dpo_fast.checkpoint import (
     resolve_resume,
     save_checkpoint,
     save_state,
+    write_file_atomically,
     write_folder_atomically,
 )
 from dpo_fast.config import DPOConfig, UserError
 from dpo_fast.data import StepSampler, best_fit_decreasing, load_groups
 from dpo_fast.guards import FiniteWatch, check_first_step, check_packed_forward
+from dpo_fast.kernels import autotune
 from dpo_fast.metrics import METRICS_FILE, MetricsFile, PairAverage, Window, peak_memory_gib, read_metrics
 from dpo_fast.model import Policy, load_tokenizer
 from dpo_fast.objective import loss_names, needs_reference
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE_FILE = "training_state.pt"
+CHOICES_FILE = "autotune.json"
 FINAL_FOLDER = "final"
 
 
@@ -301,7 +305,13 @@ class Trainer:
         self.watch.check()
         place = {"epoch": self.step / self.sampler.steps_per_epoch, "step": self.step}
         self.metrics_file.write(row | {"peak_memory_gib": peak_memory_gib(self.policy.device)} | place)
+        self.write_kernel_choices()
         self.line.report(f"step {self.step}/{self.num_steps}", row)
+
+    def write_kernel_choices(self) -> None:
+        """Keep which kernels were chosen on this GPU, and how long each took, beside what they computed."""
+        if choices := autotune.choices():
+            write_file_atomically(self.output_dir / CHOICES_FILE, json.dumps(choices, indent=1) + "\n")
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
