@@ -13,22 +13,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_packs
 
 
-def test_packs_without_sharing_score_the_same_tokens():
+def test_packs_without_sharing_score_the_same_tokens(monkeypatch):
     model = tiny_llama()
     use_packed_attention(model)
     policy = Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
     found = []
 
-    def interleaved(functions):
+    def interleaved(functions, rounds):
         found.append([function().item() for function in functions.values()])
         return {"shared": 1.0, "unshared": 2.0}
 
-    out = gpu_packs.time_sharing(interleaved, policy, pairs=1)
+    monkeypatch.setattr(gpu_packs, "make_policy", lambda: policy)
+    monkeypatch.setattr(gpu_packs, "interleaved", interleaved)
+    out = gpu_packs.time_sharing({}, [(512, 512), (2048, 512), (4096, 64)], pairs=1)
     assert len(found) == 3
     for shared, unshared in found:
         assert shared == pytest.approx(unshared, rel=1e-5)
     assert out["512/512"]["fewer tokens"] == 2048 / 1536
     assert out["4096/64"]["faster"] == 2
+    assert not out["failed"]
 
 
 def test_every_way_is_checked():

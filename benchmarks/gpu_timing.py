@@ -1,0 +1,97 @@
+"""Timing and errors for benchmarks that run on a GPU, and on a CPU to be tried."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dpo_fast.kernels import autotune
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BY_AUTOTUNE = "chosen by autotune"
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], rounds: int = 12) -> dict[str, float]:
+    """Median milliseconds; contestants take turns, and the first two rounds are thrown away.
+
+    On a GPU times are CUDA events', so that the host waits once, at the end.
+    """
+    times: dict[str, list[Callable[[], float]]] = {name: [] for name in functions}
+    for _ in range(rounds + 2):
+        for name, function in functions.items():
+            times[name].append(_timed(function))
+    synchronize()
+    return {name: statistics.median(ms() for ms in some[2:]) for name, some in times.items()}
+
+
+def _timed(function: Callable[[], Any]) -> Callable[[], float]:
+    """Run it; what is returned tells the milliseconds once the device is done."""
+    if DEVICE.type == "cpu":
+        start = time.perf_counter()
+        function()
+        seconds = time.perf_counter() - start
+        return lambda: 1e3 * seconds
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    function()
+    last.record()
+    return lambda: first.elapsed_time(last)
+
+
+def peak_mib(function: Callable[[], Any]) -> float | None:
+    """MiB at the highest beyond what was allocated before; gradients that are returned count. None on a CPU."""
+    if DEVICE.type == "cpu":
+        return None
+    synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """Relative error in the 2-norm."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def head_ways() -> list[str]:
+    """The ways that the head can be made to go here; a CPU has one, PyTorch's."""
+    return ["fused", "sliced", BY_AUTOTUNE] if DEVICE.type == "cuda" else ["torch"]
+
+
+@contextmanager
+def head_goes(way: str) -> Iterator[None]:
+    """Let the head go one of `head_ways` inside, scored rows too."""
+    if way == "torch":
+        yield
+        return
+    from dpo_fast.kernels import linear_logprob_gpu
+
+    ways = linear_logprob_gpu._ways
+
+    def some(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = ways(*args, **kwargs)
+        # fp32 goes one way only.
+        return {name: f for name, f in found.items() if way == BY_AUTOTUNE or name.startswith(way)} or found
+
+    before = autotune.enabled
+    autotune.enabled = way == BY_AUTOTUNE
+    try:
+        with mock.patch.object(linear_logprob_gpu, "_ways", some):
+            yield
+    finally:
+        autotune.enabled = before
