@@ -41,7 +41,7 @@ class NoLayout(CannotPack, ValueError):
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is a GPU, else the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -50,7 +50,20 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here: {_first_line(error)}") from error
+    _refuse_old_gpus(device)
     return device
+
+
+def _refuse_old_gpus(device: torch.device) -> None:
+    """Neither flash attention nor bf16 products exist before compute capability 8.0."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        raise UserError(
+            f"{name}: compute capability {major}.{minor}, expected 8.0 (Ampere) or above; or pass --device cpu"
+        )
 
 
 def _source(model: str) -> tuple[str, dict[str, Any]]:

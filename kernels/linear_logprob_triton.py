@@ -50,7 +50,7 @@ FUSED = {
 # Figures beside the odds take registers of their own.
 FUSED_STATS = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 3, "num_warps": 4}
 # Rows are redone in fp64, on every GPU alike.
-FUSED_REDO = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_stages": 2, "num_warps": 8}
+FUSED_REDO = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "num_stages": 2, "num_warps": 8}
 # Consumer Blackwell (12.x) has TMA but Ampere's shared memory and tensor cores.
 TMA_CAPABILITIES = range(90, 120)
 # Triton 3.10 changes the default: contraction of a·b + c is wanted, and stated.
@@ -373,7 +373,8 @@ def add_slice(
     slice_kernel[(z.shape[0],)](
         z, e, head.bias, anchor, target, odds, *(sums or (None,) * 4), start, z.shape[1], z.stride(0),
         e.stride(0), *_factors(head), HAS_BIAS=head.bias is not None,
-        HAS_CAP=head.softcap is not None, BLOCK=min(triton.next_power_of_2(z.shape[1]), 4096), num_warps=8, **FP_FUSION,
+        HAS_CAP=head.softcap is not None, BLOCK=min(triton.next_power_of_2(z.shape[1]), 4096 if sums is None else 2048),
+        num_warps=8, **FP_FUSION,
     )  # fmt: skip
 
 

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dpo_fast.config import UserError
 from dpo_fast.kernels import backends
+from dpo_fast.model import pick_device
 
 WITHOUT_TRITON = """
 import sys
@@ -98,13 +100,27 @@ def test_every_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch):
     assert not current
 
 
-def test_the_device_that_is_asked_for_becomes_the_current_one(monkeypatch):
-    """Triton and bitsandbytes launch on the current GPU."""
-    from dpo_fast.model import pick_device
-
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As far as asking goes; the list of devices that were made current."""
     chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index else (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    return chosen
+
+
+def test_the_device_that_is_asked_for_becomes_the_current_one(two_gpus):
+    """Triton and bitsandbytes launch on the current GPU."""
     assert pick_device("cuda:1") == torch.device("cuda:1")
     assert pick_device("cpu") == torch.device("cpu")
-    assert chosen == [torch.device("cuda:1")]
+    assert two_gpus == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus_without_the_arithmetic_are_refused_by_name(name):
+    with pytest.raises(UserError, match=r"Tesla T4: compute capability 7.5, expected 8.0 .* --device cpu"):
+        pick_device(name)
