@@ -10,7 +10,7 @@ The most valuable come first:
     b  the whole step of an 8B shape, by gpu_step.py, which has more contestants of its own
     c  the head: errors against fp64, same bits, times beside the bare products and peers
     d  sharing prompts, and what a fixed order of additions costs
-    e  the rest: `logprob` beside a copy, a head whose exponentials are more than 2^31
+    e  the rest: `logprob` beside a copy, a head that keeps more than 2^31 exponentials
 
 Each part is a process with a time limit of its own; the parts of (a), which time nothing, run side by side. One that
 fails, or that no time is left for, is reported and the others run; what it found before stays. `--resume` keeps parts
@@ -174,11 +174,11 @@ PARTS = [
     Part("e", "logprob", "gpu_head:time_logprob", 40, {"rows": 8192, "vocab": VOCAB}, {"rows": 16, "vocab": 97}),
     Part(
         "e",
-        "head N 17408 D 4096, beyond 2^31 exponentials",
-        "gpu_head:time_head",
-        120,
-        {"rows": 17_408, "vocab": VOCAB, "dim": 4096},
-        {"rows": 40, "vocab": 512, "dim": 32, "rounds": 2},
+        "more than 2^31 exponentials",
+        "gpu_head:check_large",
+        60,
+        {"rows": 17_408, "vocab": VOCAB, "dim": 512},
+        {"rows": 40, "vocab": 97, "dim": 32},
     ),
 ]
 

@@ -110,6 +110,31 @@ def dpo_loss(logp: Tensor) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
+def check_large(rows: int, vocab: int, dim: int) -> dict[str, Any]:
+    """All exponentials kept, in one tensor, against log-probs in fp64 and against gradients with few of them kept."""
+    hidden, weight, target = make(rows, vocab, dim)
+    want = true_logps(hidden, weight, target)
+    failed, found = [], {}
+    for way in head_ways():
+        with head_goes(way):
+            runs = []
+            for budget in (2**40, rows * vocab // 8):
+                logp = linear_logprob(hidden, weight, target, memory_budget=budget)
+                runs.append((logp.detach(), *gradients(logp, hidden, weight)))
+        last = slice(-rows // 16, None)
+        found[way] = {
+            "logp": (runs[0][0].double() - want).abs().max().item(),
+            "dH of the last rows": relative(runs[0][1][last], runs[1][1][last]),
+            "dW": relative(runs[0][2], runs[1][2]),
+        }
+        if (
+            not logp_faults(runs[0][0], want) <= 1
+            or not max(found[way]["dH of the last rows"], found[way]["dW"]) < 4e-3
+        ):
+            failed.append(f"{way}: {found[way]}")
+    return {"exponentials": rows * vocab, "errors": found, "failed": failed}
+
+
 Contestants = dict[str, Callable[[], tuple[Tensor, ...]]]
 
 

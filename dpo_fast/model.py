@@ -45,7 +45,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:
             # Libraries that launch kernels of their own (Triton, bitsandbytes) do it on the current device.
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:

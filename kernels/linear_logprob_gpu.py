@@ -314,6 +314,7 @@ def _sliced(
         z = product_fp32(hidden, head.weight[columns].t())
         part = unwanted[:, : z.shape[1]] if e is None else e[:, columns]
         add_slice(z, start, head, target, anchor, odds, part, sums)
+        del z  # before the next one is made
 
 
 def _reduce_stats(made: Tensor) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 from dpo_fast.config import UserError
 from dpo_fast.kernels import backends
@@ -104,8 +105,9 @@ def test_every_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch):
 def two_gpus(monkeypatch):
     """As far as asking goes; the list of devices that were made current."""
     chosen = []
+    # What `set_device` makes of its argument: PyTorch's own, which takes no device without an index.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index else (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
@@ -116,7 +118,14 @@ def test_the_device_that_is_asked_for_becomes_the_current_one(two_gpus):
     """Triton and bitsandbytes launch on the current GPU."""
     assert pick_device("cuda:1") == torch.device("cuda:1")
     assert pick_device("cpu") == torch.device("cpu")
-    assert two_gpus == [torch.device("cuda:1")]
+    assert two_gpus == [1]
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_without_a_number_is_the_current_one(name, two_gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert pick_device(name) == torch.device("cuda")
+    assert two_gpus == []
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
