@@ -178,7 +178,7 @@ class Parser(ArgumentParser):
         guesses = [
             near for word in words if word.startswith("--") for near in difflib.get_close_matches(word, known, 1)
         ]
-        hint = f" (did you mean {guesses[0]}?)" if "unrecognized" in message and guesses else ""
+        hint = f" (did you mean {guesses[0]}?)" if words[:1] == ["unrecognized"] and guesses else ""
         prog = self.prog.replace(" [options]", "")
         print(f"{prog}: error: {' '.join(words)}{hint}\nsee: {prog} --help", file=sys.stderr)
         sys.exit(USER_MISTAKE)
@@ -190,8 +190,10 @@ def _plain_words(message: str) -> str:
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     types = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", message)
     if not (field and given and types):
-        return message
-    expected = " or ".join("null" if name == "NoneType" else name or choices for name, choices in types)
+        # jsonargparse writes the first word large or small, and types in another order, from one version to the next.
+        return message.replace("Unrecognized", "unrecognized")
+    names = ["null" if name == "NoneType" else name or choices for name, choices in types]
+    expected = " or ".join(sorted(names, key="null".__eq__))
     return f"--{field[1]} {given[1]}: expected {expected}"
 
 

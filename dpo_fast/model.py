@@ -332,6 +332,11 @@ class Policy:
             *(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, num_tokens + padding),
             deterministic=self.deterministic_attention,
         )
+        if self.is_compiled:
+            # torch 2.11 compiles a layer anew for the second pack's sizes, although only attention, which is not
+            # compiled, reads them.
+            for sizes in (*vars(layout.kv_index).values(), layout.cu_seqlens_q, layout.cu_seqlens_k):
+                torch._dynamo.maybe_mark_dynamic(sizes, 0)
         ids, positions = (nn.functional.pad(x, (0, padding)) for x in (batch.input_ids, batch.position_ids))
         decoded = self._decode(ids, position_ids=positions[None], packed_layout=layout)
         routers = tuple(layer[:num_tokens] for layer in decoded.router_logits)

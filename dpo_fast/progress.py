@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -74,5 +74,6 @@ def progress_line(console: Console, description: str, total: int, completed: int
         disable=not console.is_terminal,
     )
     progress.add_task(description, total=total, completed=completed, figures="")
-    with progress:
+    # Entered on a terminal alone: a disabled bar of rich 14.0 leaves an empty line in a file.
+    with progress if console.is_terminal else nullcontext():
         yield ProgressLine(progress)
