@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -137,6 +136,5 @@ def check_training(
             "first loss": first["loss"],
             "attention": sorted(taken),
             "autotune": json.loads(kernels.read_text()) if kernels.exists() else {},
-            "settings": asdict(config),
             "failed": failed,
         }

@@ -153,7 +153,7 @@ def linear_logprob(
     Returns:
         (N,) natural-log probabilities in fp32 (fp64 if `hidden` is), differentiable once in `hidden`, `weight` and
         `bias`, whose gradients have their own dtypes; sums over rows are made in fp32. Where nothing needs a gradient
-        nothing is kept, and at most 64 MiB is used.
+        nothing is kept, and at most 64 MiB is used (but for the one call in which autotune chooses; see autotune.py).
 
         Infinities follow PyTorch's log_softmax: a logit of +inf gives NaN, one of -inf has probability 0.
 
