@@ -83,7 +83,7 @@ class ModelConfig:
         autotune: on a GPU, check and time the head's kernels once for each vocabulary and hidden size and keep the
             fastest; false takes the defaults.
         deterministic_attention: on a GPU, let attention's backward add in a fixed order, so that two runs give the same
-            bits; false is a little faster.
+            bits; false lets it add in any order.
         reference_store: SQLite file of reference log-probs; null is `reference.sqlite` in the user's cache folder.
     """
 

@@ -201,6 +201,7 @@ class Trainer:
         self.watch = FiniteWatch()
         self.reward_shift = RewardShift() if "bco" in loss_names(config) else None
         self.window = Window(sampler.max_tokens)
+        self.kernel_choices: dict[str, Any] = {}
 
     def run(self) -> TrainResult:
         """Steps until the last one or a signal, then the final model."""
@@ -310,8 +311,10 @@ class Trainer:
 
     def write_kernel_choices(self) -> None:
         """Keep which kernels were chosen on this GPU, and how long each took, beside what they computed."""
-        if choices := autotune.choices():
+        choices = autotune.choices()
+        if choices != self.kernel_choices:
             write_file_atomically(self.output_dir / CHOICES_FILE, json.dumps(choices, indent=1) + "\n")
+        self.kernel_choices = choices
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -129,9 +129,12 @@ def test_a_run_keeps_its_choices(timed, tmp_path):
 
     from dpo_fast.trainer import CHOICES_FILE, Trainer
 
-    run = SimpleNamespace(output_dir=tmp_path)
+    run = SimpleNamespace(output_dir=tmp_path, kernel_choices={})
     Trainer.write_kernel_choices(run)
     assert not (tmp_path / CHOICES_FILE).exists()
     choose("k", {"a": lambda: 2.0, "b": lambda: 1.0})
     Trainer.write_kernel_choices(run)
     assert json.loads((tmp_path / CHOICES_FILE).read_text()) == autotune.choices()
+    (tmp_path / CHOICES_FILE).unlink()
+    Trainer.write_kernel_choices(run)
+    assert not (tmp_path / CHOICES_FILE).exists(), "written again without a change"
