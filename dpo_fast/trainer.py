@@ -311,7 +311,7 @@ class Trainer:
 
     def write_kernel_choices(self) -> None:
         """Keep which kernels were chosen on this GPU, and how long each took, beside what they computed."""
-        choices = autotune.choices()
+        choices = self.kernel_choices | autotune.choices()
         if choices != self.kernel_choices:
             write_file_atomically(self.output_dir / CHOICES_FILE, json.dumps(choices, indent=1) + "\n")
         self.kernel_choices = choices
@@ -357,6 +357,7 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"--resume: the checkpoint belongs to another run: {error}") from error
         self.step = state["step"]
+        self.kernel_choices = read_choices(self.output_dir)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         try:
@@ -420,8 +421,18 @@ def start_output(config: DPOConfig, output_dir: Path, step: int) -> None:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     if step == 0:
-        (output_dir / METRICS_FILE).unlink(missing_ok=True)
+        for name in (METRICS_FILE, CHOICES_FILE):
+            (output_dir / name).unlink(missing_ok=True)
     (output_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def read_choices(output_dir: Path) -> dict[str, Any]:
+    """What an earlier part of the run wrote of its kernels; nothing where it wrote nothing that can be read."""
+    try:
+        found = json.loads((output_dir / CHOICES_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_due(step: int, every: int | None) -> bool:

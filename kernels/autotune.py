@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,14 +48,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-fast"
 
 
-def choose(key: str, names: Sequence[str], device: torch.device, make_trial: Callable[[], Trial]) -> str:
+def choose(key: str, names: Sequence[str], device: torch.device, make_trial: Callable[[], Trial | None]) -> str:
     """The name of the fastest right way for `key`; the first of `names` where nothing can or shall be timed.
 
     Args:
         key: what the choice depends on beside GPU, versions and source, such as sizes and dtype.
         names: of the ways, the default first.
         device: where they run.
-        make_trial: called only if a choice has to be made.
+        make_trial: called only if a choice has to be made; None where these inputs cannot tell right from wrong, which
+            takes the default for this once.
 
     Raises:
         RuntimeError: no way gives the right result on this GPU; the message has what each of them did.
@@ -65,9 +67,11 @@ def choose(key: str, names: Sequence[str], device: torch.device, make_trial: Cal
     if full_key not in _used:
         if full_key not in _known:
             _known.update(_read())
-        if _known.get(full_key, {}).get("choice") not in names:
-            _known[full_key] = _choose(full_key, make_trial(), device)
-            _write({**_read(), full_key: _known[full_key]})
+        if not _is_valid(_known.get(full_key), names):
+            trial = make_trial()
+            if trial is None:
+                return names[0]
+            _known[full_key] = _keep(full_key, _choose(full_key, trial, device), names)
         _used[full_key] = _known[full_key]
     return str(_used[full_key]["choice"])
 
@@ -100,7 +104,13 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
+def _is_valid(record: dict[str, Any] | None, names: Sequence[str]) -> bool:
+    return record is not None and record.get("choice") in names
+
+
 def _choose(key: str, trial: Trial, device: torch.device) -> dict[str, Any]:
+    import torch
+
     right, left_out = {}, {}
     for name, way in trial.ways.items():
         try:
@@ -108,12 +118,14 @@ def _choose(key: str, trial: Trial, device: torch.device) -> dict[str, Any]:
                 right[name] = way
             else:
                 left_out[name] = "wrong result"
+        except torch.OutOfMemoryError:
+            # That says something of what else is on the GPU, not of this way.
+            raise
         except Exception as error:
             # Triton raises many types where a GPU has too little of something.
             left_out[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
     for name, reason in left_out.items():
-        log = logger.warning if reason == "wrong result" else logger.info
-        log("autotune leaves %s out (%s): %s", name, key, reason)
+        logger.warning("autotune leaves %s out (%s): %s", name, key, reason)
     if not right:
         raise RuntimeError(
             f"no kernel gives the right result here ({key}): {left_out}. "
@@ -150,16 +162,33 @@ def _read() -> dict[str, dict[str, Any]]:
     """What is on disk; a file that cannot be read costs a few timings, no more."""
     try:
         found = json.loads(_path().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
-def _write(records: Mapping[str, Any]) -> None:
-    staging = _path().with_suffix(f".{os.getpid()}")
+def _keep(key: str, record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Write a choice; returns the one that holds, which is another process's if that was first."""
     try:
-        staging.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
-        staging.replace(_path())
+        _path().parent.mkdir(parents=True, exist_ok=True)
+        with _locked(_path().with_suffix(".lock")):
+            records = _read()
+            if _is_valid(records.get(key), names):
+                return records[key]
+            staging = _path().with_suffix(f".{os.getpid()}")
+            staging.write_text(json.dumps({**records, key: record}, indent=1, sort_keys=True) + "\n")
+            staging.replace(_path())
     except OSError as error:
         logger.info("autotune: %s cannot be written (%s); choices are made anew next time", _path(), error)
+    return record
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process at a time is inside; where files cannot be locked (Windows), as many as come."""
+    with path.open("w") as file:
+        with suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

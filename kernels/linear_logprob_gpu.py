@@ -4,8 +4,8 @@ The maths and the names are those of `linear_logprob.py`. Two ways lead from hid
 
 - *fused*: a product kernel whose epilogue makes them. N·V·2 bytes are written and nothing is read again; to score,
   nothing of size N x V is written at all.
-- *sliced*: cuBLAS makes fp32 products of a slice of columns that stays in the L2 cache, and one pass does the rest: a
-  better product where D is large, for one more trip through the L2.
+- *sliced*: cuBLAS makes fp32 products of a slice of columns that stays in the L2 cache, and one pass does the rest: one
+  more trip through the L2, for GPUs on which the fused product is poor, and for fp32.
 
 E is kept row-major, rows padded to 16 numbers, so that the backward is two plain products. It is bf16 for bf16
 and fp16 inputs (fp16 has not the range for unnormalised exponentials, so an fp16 model's gradients carry
@@ -137,7 +137,7 @@ def backward(
     if kept is not None:
         gradients.add(slice(0, num_kept), kept)
     if num_kept < num_rows:
-        scratch = kept if kept is not None else _empty_exponentials(hidden, _block_rows(hidden, vocab), vocab)
+        scratch = kept if kept is not None else _empty_block(hidden, vocab)
         for start in range(num_kept, num_rows, scratch.shape[0]):
             rows = slice(start, min(start + scratch.shape[0], num_rows))
             e = scratch[: rows.stop - start]
@@ -167,6 +167,11 @@ def _block_rows(hidden: Tensor, vocab: int, *, want_stats: bool = False) -> int:
     partial_bytes = (20 if want_stats else 4) * -(-vocab // FUSED_REDO["BLOCK_N"])
     rows = min(MAX_BLOCK_ROWS, BLOCK_BYTES // _row_bytes(hidden, vocab), PARTIAL_BYTES // partial_bytes)
     return 1 << (max(rows, 1).bit_length() - 1)
+
+
+def _empty_block(hidden: Tensor, vocab: int, *, want_stats: bool = False) -> Tensor:
+    """Exponentials of a block, or of all rows where there are fewer."""
+    return _empty_exponentials(hidden, min(_block_rows(hidden, vocab, want_stats=want_stats), len(hidden)), vocab)
 
 
 def _num_kept(hidden: Tensor, vocab: int, memory_budget: int, *, want_stats: bool) -> int:
@@ -243,8 +248,11 @@ def _ways(head: Head, hidden: Tensor, *, want_stats: bool) -> dict[str, Way]:
 
 def _trial(
     ways: dict[str, Way], head: Head, hidden: Tensor, target: Tensor, anchor: Tensor, *, want_stats: bool
-) -> Trial:
-    """The ways on a block of exponentials of their own, and what a few of its rows are in plain PyTorch."""
+) -> Trial | None:
+    """The ways on a block of exponentials of their own, and what a few of its rows are in plain PyTorch.
+
+    None where none of these rows could tell right from wrong.
+    """
     vocab = head.weight.shape[0]
     e, odds = _empty_exponentials(hidden, len(hidden), vocab), torch.empty_like(anchor)
     sums = StatsSums.zeros_like(odds) if want_stats else None
@@ -257,13 +265,15 @@ def _trial(
         weight, bias = head.tile(columns)
         arguments = (head, hidden[rows].to(head.dtype), weight, bias, anchor[rows], target[rows] - columns.start)
         true_odds += exponentials_(true_e[:, columns], *arguments, true_sums)
-    # Rows out of range are not the ways' to get right: they are made again.
-    near = true_odds <= MAX_ODDS
+    # Rows out of range are not the ways' to get right: they are made again. Nor are rows that are not finite.
+    near = (true_odds <= MAX_ODDS) & true_e.isfinite().all(1)
+    if not near.any():
+        return None
     places = rows[near]
 
     def is_right(name: str) -> bool:
         for x in (e, odds, *(sums or ())):
-            x.fill_(torch.nan)
+            x.fill_(-1)  # which no exponential is
         calls[name]()
         pairs = [(e[places].to(head.dtype), true_e[near]), (odds[places, None], true_odds[near, None])]
         if sums is not None and true_sums is not None:
@@ -271,14 +281,20 @@ def _trial(
             pairs += [(got.square[:, None], want.square[:, None]), (got.energy[:, None], want.energy[:, None])]
             # These may be near 0 in a row, and are as large in all others: compared as one.
             pairs.append((torch.cat([got.shifted, got.peak])[None], torch.cat([want.shifted, want.peak])[None]))
-        written = e.sum(1, dtype=torch.float32).isfinite() | ~(odds <= MAX_ODDS)
-        return all(_are_close(*pair) for pair in pairs) and bool(written.all() and not odds.isnan().any())
+        # Of the other rows it is known that all is written, and that exponentials are finite where their sum is.
+        unwritten = (e.amin(1) < 0) | (odds < 0)
+        whole = e.sum(1, dtype=torch.float32).isfinite() | ~(odds <= MAX_ODDS)
+        return all(_are_close(*pair) for pair in pairs) and bool(whole.all() and not unwritten.any())
 
     return Trial(calls, is_right)
 
 
 def _are_close(got: Tensor, want: Tensor) -> bool:
     """Row by row: exponentials of one row may be larger than all of another's by many digits."""
+    finite = want.isfinite()
+    if not torch.equal(got.isfinite(), finite):
+        return False
+    got, want = got.where(finite, 0.0), want.where(finite, 0.0)
     return bool(((got - want).norm(dim=1) <= CHECKED_ERROR * want.norm(dim=1) + 1e-30).all())
 
 
@@ -349,8 +365,8 @@ def _finish(e: Tensor, target: Tensor, odds: Tensor, slope: Tensor) -> None:
 def _make_unit_grad(head: Head, hidden: Tensor, target: Tensor, state: State, logit: Tensor) -> None:
     """d logp / d hidden of all rows, one block of exponentials at a time."""
     state.unit_grad = torch.empty_like(hidden)
-    step = _block_rows(hidden, head.weight.shape[0], want_stats=state.sums is not None)
-    scratch = _empty_exponentials(hidden, step, head.weight.shape[0])
+    scratch = _empty_block(hidden, head.weight.shape[0], want_stats=state.sums is not None)
+    step = max(len(scratch), 1)
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, min(start + step, hidden.shape[0]))
         e = scratch[: rows.stop - start]

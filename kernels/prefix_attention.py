@@ -91,6 +91,7 @@ def prefix_layout(
 
     `num_rows` counts rows of padding after the last segment as well; None is none.
     """
+    _leave_determinism()  # of a backward that ended by an exception, and whose end was never told
     device = kv_index.device
     return PrefixLayout(
         cu_seqlens_q.diff().tolist(),
@@ -238,21 +239,28 @@ def _in_fixed_order(out: Tensor) -> Tensor:
 
 
 def _run_deterministically(node: Node) -> None:
+    node.register_prehook(_enter_determinism)
+    node.register_hook(_leave_determinism)
+
+
+# How PyTorch was set while a backward of attention runs; None while none does.
+_set_before: list[tuple[str, bool]] = []
+
+
+def _enter_determinism(*_: object) -> None:
     settings: Any = torch.utils.deterministic
-    before: list[tuple[str, bool]] = []
+    if not _set_before:
+        _set_before.append((_determinism(), settings.fill_uninitialized_memory))
+    # A warning alone would leave the order as it is; and what the kernels write need not be filled beforehand.
+    torch.set_deterministic_debug_mode("error")
+    settings.fill_uninitialized_memory = False
 
-    def enter(*_: object) -> None:
-        before.append((_determinism(), settings.fill_uninitialized_memory))
-        # A warning alone would leave the order as it is; and what the kernels write need not be filled beforehand.
-        torch.set_deterministic_debug_mode("error")
-        settings.fill_uninitialized_memory = False
 
-    def leave(*_: object) -> None:
-        mode, settings.fill_uninitialized_memory = before.pop()
+def _leave_determinism(*_: object) -> None:
+    settings: Any = torch.utils.deterministic
+    if _set_before:
+        mode, settings.fill_uninitialized_memory = _set_before.pop()
         torch.set_deterministic_debug_mode(mode)
-
-    node.register_prehook(enter)
-    node.register_hook(leave)
 
 
 def _determinism() -> str:

@@ -229,7 +229,11 @@ def test_scored_and_trained_log_probs_are_the_same_to_the_bit(dtype, rows_kept, 
 
 
 def lose_a_row(e, odds, sums):
-    e[3].fill_(torch.nan)
+    e[3].fill_(-1)
+
+
+def spoil_a_row(e, odds, sums):
+    e[3, 5] = torch.nan
 
 
 def halve_a_checked_row(e, odds, sums):
@@ -246,7 +250,7 @@ def miss_a_figure(e, odds, sums):
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0}, {"bias": True}], ids=str)
 @pytest.mark.parametrize("want_stats", [False, True])
-@pytest.mark.parametrize("spoil", [None, lose_a_row, halve_a_checked_row, miss_the_odds, miss_a_figure])
+@pytest.mark.parametrize("spoil", [None, lose_a_row, spoil_a_row, halve_a_checked_row, miss_the_odds, miss_a_figure])
 def test_a_trial_knows_right_from_wrong(options, want_stats, spoil):
     tensors, target = make(40, 97, 16, torch.bfloat16, spread=8, bias="bias" in options)
     head = Head(tensors["weight"].detach(), tensors.get("bias"), options.get("softcap"), 1.0, torch.float32)
@@ -265,6 +269,43 @@ def test_a_trial_knows_right_from_wrong(options, want_stats, spoil):
         right = {name: trial.is_right(name) for name in ways}
     assert right == {name: name != "spoiled" for name in ways}
     assert len(right) >= 2
+
+
+def nothing(hidden, weight, bias):
+    pass
+
+
+def a_row_of_nan(hidden, weight, bias):
+    hidden[7, 3] = torch.nan
+
+
+def a_row_of_infinity(hidden, weight, bias):
+    hidden[7, 3] = torch.inf
+
+
+def a_masked_vocabulary(hidden, weight, bias):
+    bias[90:] = -torch.inf
+
+
+def an_infinite_weight(hidden, weight, bias):
+    weight[5] = torch.inf
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("want_stats", [False, True])
+@pytest.mark.parametrize("change", [nothing, a_row_of_nan, a_row_of_infinity, a_masked_vocabulary, an_infinite_weight])
+def test_inputs_that_are_not_finite_make_no_way_wrong(change, want_stats):
+    tensors, target = make(40, 97, 16, torch.bfloat16, spread=8, bias=True)
+    hidden, weight, bias = (tensors[name].detach() for name in ("hidden", "weight", "bias"))
+    change(hidden, weight, bias)
+    target.clamp_(max=89)
+    head = Head(weight, bias, None, 1.0, torch.float32)
+    anchor = kernels.target_logits(head, hidden, target)[0].float()
+    ways = all_ways(head, hidden, want_stats=want_stats)
+    with torch.no_grad():
+        trial = gpu._trial(ways, head, hidden, target, anchor, want_stats=want_stats)
+        assert (trial is None) is (change is an_infinite_weight)
+        assert trial is None or all(map(trial.is_right, ways))
 
 
 @pytest.mark.parametrize("rows_kept", [0, 16, 40])

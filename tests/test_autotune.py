@@ -87,13 +87,40 @@ def test_without_a_right_way_nothing_is_computed(timed):
     assert not (autotune.cache_dir() / "autotune.json").exists()
 
 
+def test_a_way_without_memory_is_not_left_out_for_good(timed):
+    def exhaust():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        choose("k", {"a": exhaust, "b": lambda: 1.0})
+    assert not (autotune.cache_dir() / "autotune.json").exists()
+
+
+def test_inputs_that_tell_nothing_take_the_default_and_leave_the_choice_open(timed):
+    assert autotune.choose("k", ["a", "b"], CPU, lambda: None) == "a"
+    assert autotune.choices() == {}
+    assert choose("k", {"a": lambda: 2.0, "b": lambda: 1.0}) == "b"
+
+
+def test_a_choice_that_another_process_made_meanwhile_holds(timed):
+    def slow():
+        autotune._keep("some GPU, k", {"choice": "a"}, ["a", "b"])
+        autotune._keep("some GPU, other", {"choice": "x"}, ["x"])
+        return 1.0
+
+    assert choose("k", {"a": lambda: 2.0, "b": slow}) == "a"
+    assert {key: record["choice"] for key, record in on_disk().items()} == {"some GPU, k": "a", "some GPU, other": "x"}
+
+
 def test_a_choice_that_is_no_more_is_made_anew(timed, monkeypatch):
     choose("k", {"a": lambda: 2.0, "old": lambda: 1.0})
     another_process(monkeypatch)
     assert choose("k", {"a": lambda: 2.0, "new": lambda: 1.0}) == "new"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"some GPU, k": "a"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "[" * 100_000, '{"some GPU, k": "a"}', '{"some GPU, k": {"choice": [5]}}']
+)
 def test_a_damaged_file_costs_timings_alone(timed, content):
     autotune.cache_dir().mkdir()
     (autotune.cache_dir() / "autotune.json").write_text(content)
@@ -127,7 +154,7 @@ def test_a_change_of_the_kernels_changes_the_key(monkeypatch, tmp_path):
 def test_a_run_keeps_its_choices(timed, tmp_path):
     from types import SimpleNamespace
 
-    from dpo_fast.trainer import CHOICES_FILE, Trainer
+    from dpo_fast.trainer import CHOICES_FILE, Trainer, read_choices
 
     run = SimpleNamespace(output_dir=tmp_path, kernel_choices={})
     Trainer.write_kernel_choices(run)
@@ -135,6 +162,8 @@ def test_a_run_keeps_its_choices(timed, tmp_path):
     choose("k", {"a": lambda: 2.0, "b": lambda: 1.0})
     Trainer.write_kernel_choices(run)
     assert json.loads((tmp_path / CHOICES_FILE).read_text()) == autotune.choices()
+    assert read_choices(tmp_path) == autotune.choices()
     (tmp_path / CHOICES_FILE).unlink()
+    assert read_choices(tmp_path) == {}
     Trainer.write_kernel_choices(run)
     assert not (tmp_path / CHOICES_FILE).exists(), "written again without a change"

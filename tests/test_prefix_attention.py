@@ -303,3 +303,22 @@ def test_only_kernels_of_attention_are_asked_for_a_fixed_order(monkeypatch):
     for is_cuda, node in ((True, kernel), (True, product), (True, None), (False, kernel)):
         attention_module._in_fixed_order(SimpleNamespace(is_cuda=is_cuda, grad_fn=node))
     assert asked == [kernel]
+
+
+def test_a_backward_that_ends_by_an_exception_leaves_no_trace():
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    out = Failing.apply(torch.ones(2, requires_grad=True))
+    attention_module._run_deterministically(out.grad_fn)
+    with pytest.raises(torch.OutOfMemoryError):
+        out.sum().backward()
+    make(2, 2)  # the next pack's layout
+    assert torch.get_deterministic_debug_mode() == 0
+    assert torch.utils.deterministic.fill_uninitialized_memory
