@@ -16,9 +16,9 @@ def lower_bounds(project: dict) -> dict[str, str]:
     lines = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
     bounds = {}
     for requirement in map(Requirement, lines):
-        lowest = [part.version for part in requirement.specifier if part.operator in (">=", "==")]
-        if requirement.name != project["name"] and lowest:
-            bounds[requirement.name] = lowest[0]
+        if requirement.name != project["name"]:
+            lowest = [part.version for part in requirement.specifier if part.operator in (">=", "==")]
+            bounds[requirement.name] = lowest[0] if lowest else "no lower bound"
     return bounds
 
 
@@ -26,14 +26,17 @@ def main() -> int:
     """Print what is off."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     bounds = lower_bounds(project)
-    # A bound without patch level means its first release.
+    # A local part ("+cu130") names a build, not a version.
+    installed = {name: Version(version(name)).public for name in bounds}
     off = {
-        name: (bound, version(name))
+        name: bound
         for name, bound in bounds.items()
-        if Version(version(name)).base_version.split(".")[: bound.count(".") + 1] != bound.split(".")
+        if bound == "no lower bound" or Version(installed[name]) != Version(bound)
     }
-    for name, (bound, found) in off.items():
-        print(f"{name}: pyproject.toml admits {bound}, the oldest that can be installed is {found}: raise the bound")
+    for name, bound in off.items():
+        print(
+            f"{name}: {bound} in pyproject.toml, {installed[name]} installed: raise the bound to what can be installed"
+        )
     print(f"{len(bounds) - len(off)} of {len(bounds)} requirements are at their lower bounds")
     return 1 if off else 0
 

@@ -12,7 +12,7 @@ The most valuable come first:
     d  sharing prompts, and what a fixed order of additions costs
     e  the rest: `logprob` beside a copy, a head that keeps more than 2^31 exponentials
 
-Each part is a process with a time limit of its own; the parts of (a), which time nothing, run side by side. One that
+Each part is a process with a time limit of its own; the parts of (a), which report no times, run side by side. One that
 fails, or that no time is left for, is reported and the others run; what it found before stays. `--resume` keeps parts
 that passed with the same source on the same card and versions. Exit code 0 only if every part passes.
 """
@@ -25,6 +25,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import environment
-from parts import card, run_limited, source_digest
+from parts import card, check_can_write, earlier_results, end_with_children, run_limited, source_digest
 
 from dpo_fast.checkpoint import write_file_atomically
 
@@ -218,10 +219,11 @@ class Runner:
         self.started = time.monotonic()
         self.stamp = {"card": card(), "source": source_digest(), "versions": environment(PACKAGES)["versions"]}
         self.record: dict[str, Any] = {}
-        if args.resume and args.out.exists():
-            self.record = json.loads(args.out.read_text())
+        if args.resume:
+            self.record = earlier_results(args.out)
         self.record |= {"machine": {**environment(PACKAGES), **self.stamp}}
         self.record.setdefault("parts", {})
+        self.lock = threading.Lock()
 
     def is_done(self, part: Part) -> bool:
         """Whether it passed before, in the same circumstances."""
@@ -234,9 +236,10 @@ class Runner:
         start = time.monotonic()
         found = {"failed": ["no time left"]} if left < min(part.seconds / 2, 20) else self.call(part, left)
         found |= {"stamp": self.stamp, "seconds": time.monotonic() - start}
-        self.record["parts"][part.name] = found
-        self.record["seconds"] = time.monotonic() - self.started
-        write_file_atomically(self.args.out, json.dumps(self.record, indent=1) + "\n")
+        with self.lock:
+            self.record["parts"][part.name] = found
+            self.record["seconds"] = time.monotonic() - self.started
+            write_file_atomically(self.args.out, json.dumps(self.record, indent=1) + "\n")
         verdict = "; ".join(found["failed"]) or "passed"
         print(f"({part.group}) {part.name}: {verdict} ({found['seconds']:.0f} s)", flush=True)
 
@@ -247,7 +250,8 @@ class Runner:
             command = [sys.executable, __file__, "--out", str(out), "--part", part.name]
             command += ["--tiny"] if self.args.tiny else []
             command += ["--fail", part.name] if part.name in self.args.fail else []
-            error, lines = run_limited(command, min(part.seconds, left))
+            # Kernels that autotune chooses while other parts run beside must not become the user's.
+            error, lines = run_limited(command, min(part.seconds, left), os.environ | {"XDG_CACHE_HOME": scratch})
             found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"failed": [error]}
         if error is None:
             return found
@@ -273,10 +277,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     """Run the parts."""
+    end_with_children()
     args = parse_args()
     if args.part:
         part = next(part for part in PARTS if part.name == args.part)
         return run_part(part, args.out, is_tiny=args.tiny, fail=bool(args.fail))
+    check_can_write(args.out)
     runner = Runner(args)
     wanted = [part for part in PARTS if not args.only or {part.group, part.name} & set(args.only)]
     due = [part for part in wanted if not runner.is_done(part)]

@@ -31,7 +31,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -44,7 +43,7 @@ from typing import Any
 import step_contestants
 import torch
 from environment import environment
-from parts import card, run_limited, source_digest
+from parts import card, check_can_write, earlier_results, end_with_children, run_limited, source_digest
 from step_contestants import ANSWER_WORDS, CONTESTANTS, LONGEST, PROMPT_WORDS, SETTINGS, Contest, Making
 
 from dpo_fast.checkpoint import write_file_atomically
@@ -181,8 +180,8 @@ class Runner:
         self.machine = {"card": card(), **environment(PACKAGES)}
         self.data = describe_data(args.data)
         self.record: dict[str, Any] = {}
-        if args.resume and args.out.exists():
-            self.record = json.loads(args.out.read_text())
+        if args.resume:
+            self.record = earlier_results(args.out)
         self.record["machine"] = self.machine
         self.record.setdefault("models", {})
         self.record.setdefault("parts", {})
@@ -305,6 +304,7 @@ def run_process(what: str, job: Making | Contest, limit: float) -> dict[str, Any
     with tempfile.TemporaryDirectory() as scratch:
         # Tokens and reference scores must not come from a cache that another part filled.
         surroundings = os.environ | {"HF_HOME": scratch, "HF_HUB_OFFLINE": "1", "TMPDIR": scratch}
+        surroundings["XDG_CACHE_HOME"] = scratch
         if not torch.cuda.is_available():
             surroundings["OMP_NUM_THREADS"] = "1"  # threads for tensors of a tiny model only wait for each other
         command = [sys.executable, step_contestants.__file__, what, json.dumps(asdict(job))]
@@ -396,6 +396,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="folder for the models, which stay for a later call")
     parser.add_argument("--fail", nargs="+", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.data is not None and not args.data.is_file():
+        parser.error(f"--data {args.data}: no such file")
     if args.steps is not None and args.steps < 2:
         parser.error("--steps: expected 2 or more")
     return args
@@ -403,9 +405,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     """Run the parts in turn."""
-    # Ends the child and removes the model when this process is terminated.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_with_children()
     args = parse_args()
+    check_can_write(args.out)
     runner = Runner(args)
     parts = choose_parts(args.shape, args.only)
     for name in args.shape:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 LINES_SHOWN = 15
 # What a process that is told to end may take to end its own children and remove its files.
 GRACE_SECONDS = 5
+
+_running: set[subprocess.Popen[bytes]] = set()
+_stopping = threading.Event()
 
 
 def run_limited(
@@ -25,27 +32,75 @@ def run_limited(
     Returns:
         What went wrong, or None; and the last lines of its output.
     """
+    if _stopping.is_set():
+        return "stopped", []
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         with log.open("w") as stream:
             child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=env)
+            _running.add(child)
             try:
                 code: int | None = child.wait(limit)
             except subprocess.TimeoutExpired:
                 code = None
-                with suppress(subprocess.TimeoutExpired):
-                    child.terminate()
-                    child.wait(GRACE_SECONDS)
             finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+                _end(child)
+                _running.discard(child)
         lines = log.read_text(errors="replace").splitlines()[-LINES_SHOWN:]
     if code == 0:
         return None, lines
     if code is None:
         return f"over its limit of {limit:.0f} s", lines
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}", lines
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Tell it to end, so that it can end what it started in groups of their own; then end its group."""
+    if child.poll() is None:
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def end_with_children() -> None:
+    """From here on this process, told to end, ends what it runs by `run_limited` first."""
+
+    def stop(number: int, frame: object) -> None:
+        _stopping.set()
+        for child in list(_running):
+            _end(child)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def earlier_results(path: Path) -> dict[str, Any]:
+    """The file of results that `--resume` goes on with; one that is not there is an empty one."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        sys.exit(f"--resume: {path} cannot be read ({error}); leave --resume out, or name another --out")
+    if not isinstance(found, dict) or not isinstance(found.get("parts", {}), dict):
+        sys.exit(f"--resume: {path} holds no results; leave --resume out, or name another --out")
+    return found
+
+
+def check_can_write(path: Path) -> None:
+    """Leave before anything has run if the results could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        sys.exit(f"--out {path}: cannot be written: {error.strerror}")
+    if not path.stat().st_size:
+        path.unlink()
 
 
 def card() -> str:
