@@ -142,7 +142,7 @@ def launches(capability: int) -> list[Variant]:
 
 
 def heads() -> Iterator[tuple[torch.Tensor, Head]]:
-    """Heads of each dtype, on both sides of the choice between the fused and the sliced product."""
+    """Heads of each dtype, of two hidden sizes, without and with bias and softcap."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for dim in (2048, 4096):
             hidden = torch.empty(ROWS, dim, dtype=dtype, device="meta")
