@@ -21,10 +21,12 @@ import torch
 from environment import environment
 from torch import Tensor
 
-from dpo_fast.batch import PackedBatch, pack
 from dpo_fast.config import DPOConfig
-from dpo_fast.data import load_groups
-from dpo_fast.model import Policy, load_tokenizer, use_own_attention, use_packed_attention
+from dpo_fast.data.load import load_groups
+from dpo_fast.model.attention import use_own_attention, use_packed_attention
+from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import PackedBatch, pack
 
 TOLERANCE = 2e-3
 

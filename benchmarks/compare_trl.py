@@ -60,8 +60,8 @@ class Task:
 
 def run_dpo_fast(task: Task, scratch: str) -> dict[str, Any]:
     """Our trainer, with an empty reference store; like TRL's with `save_strategy="no"` it writes no final model."""
-    from dpo_fast import trainer
     from dpo_fast.config import DPOConfig
+    from dpo_fast.training import run as trainer
 
     trainer.write_folder_atomically = lambda folder, write: folder
 
@@ -113,7 +113,7 @@ def contest(name: str, task: Task) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, get_scheduler  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from dpo_fast.metrics import peak_memory_gib
+    from dpo_fast.training.metrics import peak_memory_gib
 
     with tempfile.TemporaryDirectory() as scratch:
         result = run_dpo_fast(task, scratch) if name == "dpo-fast" else run_trl(task, scratch, name)

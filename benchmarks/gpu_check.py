@@ -36,7 +36,7 @@ from typing import Any
 from environment import environment
 from parts import card, check_can_write, earlier_results, end_with_children, run_limited, source_digest
 
-from dpo_fast.checkpoint import write_file_atomically
+from dpo_fast.files import write_file_atomically
 
 PACKAGES = ("dpo-fast", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "trl", "liger-kernel", "numpy")
 VOCAB = 128_256

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from gpu_timing import DEVICE, head_goes, head_ways, interleaved, peak_mib, relative
 from torch import Tensor
 
-from dpo_fast.fused_loss import FusedLinearDPOLoss
+from dpo_fast.integrations.liger import FusedLinearDPOLoss
 from dpo_fast.kernels import autotune
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref
 from dpo_fast.kernels.logprob import logprob

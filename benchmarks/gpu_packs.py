@@ -17,9 +17,10 @@ import torch
 from gpu_timing import DEVICE, interleaved
 from torch import Tensor
 
-from dpo_fast.batch import Group, PackedBatch, pack
 from dpo_fast.kernels.prefix_attention import PrefixLayout, prefix_attention, prefix_attention_ref, prefix_layout
-from dpo_fast.model import Policy, use_packed_attention
+from dpo_fast.model.attention import use_packed_attention
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import Group, PackedBatch, pack
 
 LAYERS = 8
 PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface"}

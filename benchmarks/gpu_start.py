@@ -13,12 +13,12 @@ from gpu_head import gradients, logp_faults
 from gpu_timing import DEVICE, head_goes, head_ways, relative
 from step_contestants import Making, Report, make
 
+from dpo_fast.analysis.score import score
 from dpo_fast.config import DPOConfig, ScoreConfig
 from dpo_fast.kernels import autotune, prefix_attention
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref, linear_logprob_with_stats
 from dpo_fast.kernels.token_stats import token_stats_ref
-from dpo_fast.score import score
-from dpo_fast.trainer import train
+from dpo_fast.training.run import train
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -46,7 +46,7 @@ from environment import environment
 from parts import card, check_can_write, earlier_results, end_with_children, run_limited, source_digest
 from step_contestants import ANSWER_WORDS, CONTESTANTS, LONGEST, PROMPT_WORDS, SETTINGS, Contest, Making
 
-from dpo_fast.checkpoint import write_file_atomically
+from dpo_fast.files import write_file_atomically
 
 PACKAGES = ("dpo-fast", "torch", "triton", "transformers", "trl", "accelerate", "bitsandbytes", "datasets")
 NEEDED = {name: ("bitsandbytes", "trl", "datasets") if "trl" in name else ("bitsandbytes",) for name in CONTESTANTS}

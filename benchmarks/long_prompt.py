@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from environment import environment
 
-from dpo_fast.batch import Group, pack
-from dpo_fast.model import Policy, use_own_attention, use_packed_attention
+from dpo_fast.model.attention import use_own_attention, use_packed_attention
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import Group, pack
 
 GIB = 2**30
 

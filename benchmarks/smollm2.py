@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_fast.model import load_model, load_tokenizer
+from dpo_fast.model.load import load_model, load_tokenizer
 
 
 def fetch(folder: Path) -> Path:

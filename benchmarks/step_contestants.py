@@ -273,7 +273,7 @@ class StepClock:
         """What was timed."""
         import torch
 
-        from dpo_fast.metrics import peak_memory_gib
+        from dpo_fast.training.metrics import peak_memory_gib
 
         on_gpu = torch.cuda.is_available()
         ms = [1e3 * (end - start) for start, end in zip(self.ends, self.ends[1:], strict=False)]
@@ -376,8 +376,8 @@ def covered(kernels: list[Kernel]) -> float:
 
 def run_dpo_fast(contest: Contest, clock: StepClock, scratch: str) -> None:
     """Our trainer, with an empty reference store."""
-    from dpo_fast import trainer
     from dpo_fast.config import DPOConfig
+    from dpo_fast.training import run as trainer
 
     class TimedTrainer(trainer.Trainer):
         """Reports steps to the clock and writes no final model, like TRL with `save_strategy="no"`."""

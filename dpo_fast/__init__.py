@@ -9,17 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpo_fast.analysis.evaluate import evaluate
     from dpo_fast.config import DPOConfig, EvalConfig
     from dpo_fast.curate.label import label
     from dpo_fast.curate.pair import pair
     from dpo_fast.curate.sample import sample
-    from dpo_fast.evaluation import evaluate
-    from dpo_fast.fused_kto import FusedLinearKTOLoss
-    from dpo_fast.fused_loss import FusedLinearCPOLoss, FusedLinearDPOLoss, FusedLinearORPOLoss, FusedLinearSimPOLoss
+    from dpo_fast.integrations.liger import (
+        FusedLinearCPOLoss,
+        FusedLinearDPOLoss,
+        FusedLinearORPOLoss,
+        FusedLinearSimPOLoss,
+    )
+    from dpo_fast.integrations.liger_kto import FusedLinearKTOLoss
     from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
     from dpo_fast.kernels.logprob import logprob, sequence_logprob
     from dpo_fast.kernels.segment_sum import segment_mean, segment_sum
-    from dpo_fast.trainer import TrainResult, train
+    from dpo_fast.training.loop import TrainResult
+    from dpo_fast.training.run import train
 
 __all__ = [
     "DPOConfig",
@@ -46,12 +52,12 @@ __all__ = [
 _HOME = {
     "DPOConfig": "config",
     "EvalConfig": "config",
-    "FusedLinearDPOLoss": "fused_loss",
-    "FusedLinearSimPOLoss": "fused_loss",
-    "FusedLinearORPOLoss": "fused_loss",
-    "FusedLinearKTOLoss": "fused_kto",
-    "FusedLinearCPOLoss": "fused_loss",
-    "TrainResult": "trainer",
+    "FusedLinearDPOLoss": "integrations.liger",
+    "FusedLinearSimPOLoss": "integrations.liger",
+    "FusedLinearORPOLoss": "integrations.liger",
+    "FusedLinearKTOLoss": "integrations.liger_kto",
+    "FusedLinearCPOLoss": "integrations.liger",
+    "TrainResult": "training.loop",
     "linear_logprob": "kernels.linear_logprob",
     "linear_logprob_with_stats": "kernels.linear_logprob",
     "logprob": "kernels.logprob",
@@ -61,8 +67,8 @@ _HOME = {
     "sample": "curate.sample",
     "label": "curate.label",
     "pair": "curate.pair",
-    "evaluate": "evaluation",
-    "train": "trainer",
+    "evaluate": "analysis.evaluate",
+    "train": "training.run",
 }
 
 

@@ -26,9 +26,8 @@ from dpo_fast.config import (
     ReportConfig,
     SampleConfig,
     ScoreConfig,
-    TrainingError,
-    UserError,
 )
+from dpo_fast.errors import TrainingError, UserError
 
 RUN_FAILED = 1
 USER_MISTAKE = 2
@@ -62,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_train(config: DPOConfig) -> None:
     """`dpo-fast train`."""
-    from dpo_fast.trainer import train
+    from dpo_fast.training.run import train
 
     train(config)
 
 
 def run_score(config: ScoreConfig) -> None:
     """`dpo-fast score`."""
-    from dpo_fast.score import score
+    from dpo_fast.analysis.score import score
 
     score(config)
 
@@ -97,28 +96,28 @@ def run_pair(config: PairConfig) -> None:
 
 def run_eval(config: EvalConfig) -> None:
     """`dpo-fast eval`."""
-    from dpo_fast.evaluation import evaluate
+    from dpo_fast.analysis.evaluate import evaluate
 
     evaluate(config)
 
 
 def run_inspect(config: InspectConfig) -> None:
     """`dpo-fast inspect`."""
-    from dpo_fast.inspection import inspect_rows
+    from dpo_fast.analysis.inspection import inspect_rows
 
     inspect_rows(config)
 
 
 def run_report(config: ReportConfig) -> None:
     """`dpo-fast report`."""
-    from dpo_fast.report import write_report
+    from dpo_fast.analysis.run_report import write_report
 
     write_report(config)
 
 
 def run_demo(config: DemoConfig) -> None:
     """`dpo-fast demo`."""
-    from dpo_fast.demo import run_demo
+    from dpo_fast.demo.run import run_demo
 
     run_demo(Path(config.out), quick=config.quick, seed=config.seed)
 

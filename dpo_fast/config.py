@@ -10,15 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 PairChoice = Literal["best_worst", "adjacent", "all"]
+
+
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
-
-
-class UserError(ValueError):
-    """A mistake in the input or the settings: one clear message, exit code 2, no traceback."""
-
-
-class TrainingError(RuntimeError):
-    """A run that stopped itself: a first step that is not at the reference, a loss or gradient that is not finite."""
 
 
 @dataclass

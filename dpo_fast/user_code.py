@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.config import UserError
+from dpo_fast.errors import UserError
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.warning_signs import WarningSigns
+from dpo_fast.training.warning_signs import WarningSigns
 
 BETA = 0.1
 # How the mean log-ratios of chosen and rejected answers move from start to end, in nats.

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dpo_fast.batch import Group
+from dpo_fast.packs.layout import Group
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -154,7 +154,7 @@ def test_a_change_of_the_kernels_changes_the_key(monkeypatch, tmp_path):
 def test_a_run_keeps_its_choices(timed, tmp_path):
     from types import SimpleNamespace
 
-    from dpo_fast.trainer import CHOICES_FILE, Trainer, read_choices
+    from dpo_fast.training.loop import CHOICES_FILE, Trainer, read_choices
 
     run = SimpleNamespace(output_dir=tmp_path, kernel_choices={})
     Trainer.write_kernel_choices(run)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.cuda._utils import _get_device_index
 
-from dpo_fast.config import UserError
+from dpo_fast.errors import UserError
 from dpo_fast.kernels import backends
-from dpo_fast.model import pick_device
+from dpo_fast.model.load import pick_device
 
 WITHOUT_TRITON = """
 import sys

@@ -6,9 +6,10 @@ import torch
 from oracle import random_groups
 from trl_oracle import trl_token_loss
 
-from dpo_fast.batch import Group, Ranking, pack, pair_logps
 from dpo_fast.config import LossConfig
-from dpo_fast.objective import preference_loss
+from dpo_fast.losses.from_packs import pair_logps
+from dpo_fast.losses.objective import preference_loss
+from dpo_fast.packs.layout import Group, Ranking, pack
 
 
 def ids(*values):

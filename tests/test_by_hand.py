@@ -20,13 +20,14 @@ import pytest
 from by_hand_pages import judging_of, page_of
 from rich.console import Console
 
-from dpo_fast.config import LabelConfig, PairConfig, UserError
-from dpo_fast.curate.by_hand import run_by_hand
+from dpo_fast.config import LabelConfig, PairConfig
 from dpo_fast.curate.by_hand.items import Item, to_items, visible
 from dpo_fast.curate.by_hand.judgements import CHOICES, StaleError, make_queue
+from dpo_fast.curate.by_hand.run import run_by_hand
 from dpo_fast.curate.by_hand.server import PageServer
 from dpo_fast.curate.pair import pair_rows
 from dpo_fast.curate.rows import write_rows
+from dpo_fast.errors import UserError
 
 ROWS = [{"prompt": f"prompt {n}", "responses": [f"{n}a", f"{n}b", f"{n}c"], "samples": [{}] * 3} for n in range(4)]
 

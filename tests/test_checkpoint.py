@@ -13,18 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_fast.checkpoint import (
+from dpo_fast.errors import UserError
+from dpo_fast.files import verify_folder, write_file_atomically, write_folder_atomically
+from dpo_fast.training.checkpoint import (
     load_state,
     newest_checkpoint,
     resolve_resume,
     save_checkpoint,
     save_state,
     verify_checkpoint,
-    verify_folder,
-    write_file_atomically,
-    write_folder_atomically,
 )
-from dpo_fast.config import UserError
 
 
 def write_sample(folder):
@@ -170,7 +168,7 @@ def test_only_our_own_leftovers_are_cleared(tmp_path):
 def test_a_save_waits_for_another_one_in_the_same_folder(tmp_path):
     """Otherwise the second would clear away what the first is staging."""
     script = (
-        "import sys, time; from pathlib import Path; from dpo_fast.checkpoint import write_folder_atomically\n"
+        "import sys, time; from pathlib import Path; from dpo_fast.files import write_folder_atomically\n"
         "def slow(folder):\n"
         "    (folder / 'a').write_text('a'); print('staging', flush=True); sys.stdin.readline()\n"
         "write_folder_atomically(Path(sys.argv[1]), slow)\n"
@@ -203,7 +201,8 @@ def test_resume_names_what_is_wrong(tmp_path):
 KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-from dpo_fast.checkpoint import newest_checkpoint, save_checkpoint, verify_folder, write_folder_atomically
+from dpo_fast.files import verify_folder, write_folder_atomically
+from dpo_fast.training.checkpoint import newest_checkpoint, save_checkpoint
 
 run, rng = Path(sys.argv[1]), random.Random(0)
 

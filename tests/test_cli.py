@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_fast.cli import main, normalize
 from dpo_fast.config import DataConfig, DPOConfig
-from dpo_fast.data import load_groups
-from dpo_fast.model import load_tokenizer
+from dpo_fast.data.load import load_groups
+from dpo_fast.model.load import load_tokenizer
 
 ROWS = [
     {"prompt": "The capital of France", "chosen": " is Paris.", "rejected": " is London, of England."},

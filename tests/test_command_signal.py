@@ -8,9 +8,11 @@ import tempfile
 import psutil
 import pytest
 
-from dpo_fast.config import SignalConfig, UserError
-from dpo_fast.curate.signals import Question, parse_signals
-from dpo_fast.curate.workers import judge_texts
+from dpo_fast.config import SignalConfig
+from dpo_fast.curate.signals.registry import parse_signals
+from dpo_fast.curate.verdict import Question
+from dpo_fast.curate.workers.pool import judge_texts
+from dpo_fast.errors import UserError
 
 PRELUDE = """
 import json, os, signal, sys, time

@@ -6,9 +6,9 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from dpo_fast.config import UserError
 from dpo_fast.curate.rows import as_dataset, as_rows, check_out, read_objects, responses_of, text_of, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
+from dpo_fast.errors import UserError
 
 QUIET = Console(quiet=True)
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from oracle import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from dpo_fast.batch import pack
-from dpo_fast.config import DataConfig, UserError
-from dpo_fast.data import load_groups
+from dpo_fast.config import DataConfig
 from dpo_fast.data.formats import choose_pairs, to_preference
-from dpo_fast.data.report import RowError
+from dpo_fast.data.load import load_groups
+from dpo_fast.data.row_report import RowError
 from dpo_fast.data.tokenize import common_prefix
+from dpo_fast.errors import UserError
+from dpo_fast.packs.layout import pack
 
 CHATML = (
     "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}"

@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 
 from dpo_fast.cli import main, make_parser, normalize
-from dpo_fast.config import SampleConfig, UserError
-from dpo_fast.demo import MARKER, OUTPUTS, command_line, prepare_folder, run_demo
-from dpo_fast.demo_task import BREAKAGES, good_answer, is_right, make_prompts, parses, prompt_text
+from dpo_fast.config import SampleConfig
+from dpo_fast.demo.run import MARKER, OUTPUTS, command_line, prepare_folder, run_demo
+from dpo_fast.demo.task import BREAKAGES, good_answer, is_right, make_prompts, parses, prompt_text
+from dpo_fast.errors import UserError
 
 FIELDS = {"name": "Ada", "age": 36, "pet": "owl"}
 

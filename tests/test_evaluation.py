@@ -12,11 +12,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from dpo_fast import EvalConfig, evaluate
+from dpo_fast.analysis.evaluate import answer_figures, calibration, judge, pair_figures
 from dpo_fast.cli import main
 from dpo_fast.config import DataConfig
-from dpo_fast.data import load_groups
-from dpo_fast.evaluation import answer_figures, calibration, judge, pair_figures
-from dpo_fast.model import load_tokenizer
+from dpo_fast.data.load import load_groups
+from dpo_fast.model.load import load_tokenizer
 
 ROWS = [
     {"prompt": "The capital of France", "chosen": " is Paris.", "rejected": " is London, of England."},

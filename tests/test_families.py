@@ -8,9 +8,11 @@ import torch
 import transformers
 from oracle import random_groups
 
-from dpo_fast.batch import Group, Ranking, pack
-from dpo_fast.guards import check_packed_forward
-from dpo_fast.model import CannotPack, Policy, load_model, use_own_attention, use_packed_attention
+from dpo_fast.model.attention import CannotPack, use_own_attention, use_packed_attention
+from dpo_fast.model.check import check_packed_forward
+from dpo_fast.model.load import load_model
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import Group, Ranking, pack
 
 COMMON = {
     "vocab_size": 320,

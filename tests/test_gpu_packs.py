@@ -7,7 +7,8 @@ import pytest
 import torch
 from oracle import tiny_llama
 
-from dpo_fast.model import Policy, use_packed_attention
+from dpo_fast.model.attention import use_packed_attention
+from dpo_fast.model.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu_packs

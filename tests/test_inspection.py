@@ -13,11 +13,11 @@ from oracle import save_tiny_checkpoint, tiny_tokenizer
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_fast.analysis.inspection import inspect_rows
+from dpo_fast.analysis.inspection_view import coloured, render_page, visible
+from dpo_fast.analysis.token_views import AnswerView, PairView, RowView, TokenView, probability, token_pieces
 from dpo_fast.cli import main
 from dpo_fast.config import InspectConfig
-from dpo_fast.inspection import inspect_rows
-from dpo_fast.inspection_view import coloured, render_page, visible
-from dpo_fast.token_views import AnswerView, PairView, RowView, TokenView, probability, token_pieces
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} \u202eabc \x1b[31m"
 ROWS = [

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_fast.intervals import bootstrap_interval
+from dpo_fast.analysis.intervals import bootstrap_interval
 
 
 def test_bootstrap_interval_covers_at_its_rate():

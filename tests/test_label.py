@@ -15,9 +15,10 @@ from oracle import save_tiny_checkpoint
 from rich.console import Console
 
 from dpo_fast.cli import main
-from dpo_fast.config import EvalConfig, LabelConfig, UserError
+from dpo_fast.config import EvalConfig, LabelConfig
 from dpo_fast.curate import label as label_module
 from dpo_fast.curate.label import label, label_rows
+from dpo_fast.errors import UserError
 
 ROWS = [
     {"prompt": "Add 2 and 3", "responses": ["5", "[6]", "five"], "gold": 5, "id": "a"},
@@ -243,7 +244,7 @@ def test_what_is_in_the_log_is_not_judged_again(folder, monkeypatch):
     specs = '["json", "number:gold", "judge:model", "field:responses"]'
     command = interrupt(monkeypatch, "--signals", specs, "--device", "cpu")
     monkeypatch.setattr(label_module, "judge_texts", lambda questions, *_: iter(dict(questions)))
-    monkeypatch.setattr("dpo_fast.curate.judge.load_model", None)
+    monkeypatch.setattr("dpo_fast.curate.signals.judge.load_model", None)
     assert main([*command, "--num_workers", "7", "--signal_weights", "[1, 2, 0, 0]"]) == 0
     first, *_ = read(folder / "out.jsonl")
     assert first["signals"]["number:gold"] == [0, -1, -2]

@@ -11,8 +11,8 @@ from library_calls import Uses, library, missing, project_uses, resolve, signatu
 from oracle import random_groups
 from torch.nn.attention import varlen
 
-from dpo_fast.batch import pack
 from dpo_fast.kernels.prefix_attention import prefix_attention, prefix_attention_ref, prefix_layout
+from dpo_fast.packs.layout import pack
 
 # Libraries whose names and keywords change most.
 UNSTABLE = {"accelerate", "bitsandbytes", "liger_kernel", "peft", "torch", "transformers", "triton", "trl"}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from trl_oracle import TRL_LOSSES, trl_token_loss
 
-from dpo_fast.config import LossConfig, UserError
-from dpo_fast.losses import LOSSES
-from dpo_fast.objective import (
+from dpo_fast.config import LossConfig
+from dpo_fast.errors import UserError
+from dpo_fast.losses.formulas import LOSSES
+from dpo_fast.losses.objective import (
     OF_DIVERGENCE,
     OF_SCORES,
     REFERENCE_FREE,
@@ -19,7 +20,7 @@ from dpo_fast.objective import (
     needs_reference,
     preference_loss,
 )
-from dpo_fast.pairs import PairLogps
+from dpo_fast.losses.pairs import PairLogps
 
 PAIRS = 7
 DIVERGENCES = ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_fast.batch import Group, pack
-from dpo_fast.metrics import PAIR_METRICS, Window
+from dpo_fast.packs.layout import Group, pack
+from dpo_fast.training.metrics import PAIR_METRICS, Window
 
 
 def batch_of(num_tokens):

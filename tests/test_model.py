@@ -7,14 +7,18 @@ import torch
 import transformers
 from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
 
-from dpo_fast.batch import Group, Ranking, pack, pair_logps
-from dpo_fast.config import DPOConfig, ModelConfig, UserError
-from dpo_fast.guards import check_packed_forward
+from dpo_fast.config import DPOConfig, ModelConfig
+from dpo_fast.errors import UserError
 from dpo_fast.kernels.prefix_attention import prefix_attention
-from dpo_fast.model import Policy, _in_one_dtype, load_tokenizer, use_packed_attention
-from dpo_fast.objective import preference_loss
-from dpo_fast.step import backward
-from dpo_fast.trainer import PairSet
+from dpo_fast.losses.from_packs import pair_logps
+from dpo_fast.losses.objective import preference_loss
+from dpo_fast.model.attention import _in_one_dtype, use_packed_attention
+from dpo_fast.model.check import check_packed_forward
+from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import Group, Ranking, pack
+from dpo_fast.training.loop import PairSet
+from dpo_fast.training.step import backward
 
 BETA = 0.3
 
@@ -284,7 +288,7 @@ def test_saved_model_loads_and_agrees(tmp_path):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_attention_gets_queries_keys_and_values_of_one_dtype(dtype, autocast, monkeypatch):
     """Under autocast rotary embeddings leave queries and keys in fp32, which no fused attention takes."""
-    from dpo_fast import model as model_module
+    from dpo_fast.model import attention as model_module
 
     seen = []
 

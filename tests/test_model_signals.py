@@ -13,9 +13,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from dpo_fast.config import LabelConfig, UserError
-from dpo_fast.curate.judge import JUDGE_QUESTION
-from dpo_fast.curate.signals import Question, parse_signals
+from dpo_fast.config import LabelConfig
+from dpo_fast.curate.signals.judge import JUDGE_QUESTION
+from dpo_fast.curate.signals.registry import parse_signals
+from dpo_fast.curate.verdict import Question
+from dpo_fast.errors import UserError
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.data import StepSampler, best_fit_decreasing
-from dpo_fast.data.balance import BalancedSampler, deal, group_cost
+from dpo_fast.packs.balance import BalancedSampler, deal, group_cost
+from dpo_fast.packs.bins import StepSampler, best_fit_decreasing
 
 
 @given(st.lists(st.integers(1, 100), max_size=80), st.integers(1, 120))

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from dpo_fast import pair
 from dpo_fast.cli import main
-from dpo_fast.config import DataConfig, PairConfig, UserError
+from dpo_fast.config import DataConfig, PairConfig
 from dpo_fast.curate.pair import LengthBias, pair_rows
 from dpo_fast.data.formats import to_preference
+from dpo_fast.errors import UserError
 
 ROW = {"prompt": "p", "responses": ["a", "bb", "ccc", "dddd"], "scores": [0.0, 2.0, 1.0, 2.0]}
 

@@ -1,6 +1,6 @@
 import pytest
 
-from dpo_fast.plots import PANELS, draw_bars, draw_curves, make_figure, plot_metrics
+from dpo_fast.analysis.plots import PANELS, draw_bars, draw_curves, make_figure, plot_metrics
 
 ROWS = [
     {"step": 1, "loss": 0.69, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0},

@@ -9,11 +9,11 @@ from oracle import random_groups
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dpo_fast.batch import pack
 from dpo_fast.kernels import prefix_attention as attention_module
 from dpo_fast.kernels import prefix_attention_flex
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 from dpo_fast.kernels.prefix_attention import prefix_attention, prefix_attention_ref, prefix_layout
+from dpo_fast.packs.layout import pack
 
 OPTIONS = [
     {},

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from dpo_fast.progress import format_metrics, progress_line
+from dpo_fast.console import format_metrics, progress_line
 
 FIGURES = {"loss": 0.69314, "rewards/accuracies": 0.5, "rewards/margins": 0.00012, "tokens_per_second": 412.4}
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_fast.batch import pack
 from dpo_fast.config import DPOConfig
-from dpo_fast.data import best_fit_decreasing, load_groups
-from dpo_fast.model import Policy, load_tokenizer
-from dpo_fast.reference import score_groups
+from dpo_fast.data.load import load_groups
+from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.bins import best_fit_decreasing
+from dpo_fast.packs.layout import pack
+from dpo_fast.reference.scores import score_groups
 
 MODEL = os.environ.get("DPO_FAST_TEST_MODEL", "")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "ultrafeedback_500.jsonl"

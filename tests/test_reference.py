@@ -13,10 +13,14 @@ import pytest
 import torch
 from oracle import padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
 
-from dpo_fast.batch import Group
-from dpo_fast.config import ModelConfig, UserError
-from dpo_fast.model import Policy, use_packed_attention
-from dpo_fast.reference import Reference, ReferenceStore, model_fingerprint, score_groups
+from dpo_fast.config import ModelConfig
+from dpo_fast.errors import UserError
+from dpo_fast.model.attention import use_packed_attention
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import Group
+from dpo_fast.reference.fingerprint import model_fingerprint
+from dpo_fast.reference.scores import Reference, score_groups
+from dpo_fast.reference.store import ReferenceStore
 
 
 def as_policy(model):
@@ -150,7 +154,8 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from oracle import random_groups, tiny_llama
-from dpo_fast.reference import Reference, ReferenceStore
+from dpo_fast.reference.scores import Reference
+from dpo_fast.reference.store import ReferenceStore
 from test_reference import as_policy
 
 policy = as_policy(tiny_llama())

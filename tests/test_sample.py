@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_fast import sample
 from dpo_fast.cli import main
-from dpo_fast.config import SampleConfig, UserError
+from dpo_fast.config import SampleConfig
 from dpo_fast.curate.sample import answer_rows, without_duplicates
+from dpo_fast.errors import UserError
 
 QUIET = Console(quiet=True)
 PROMPTS = [

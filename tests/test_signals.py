@@ -13,12 +13,14 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_fast.config import SignalConfig, UserError
-from dpo_fast.curate import text_signals, workers
-from dpo_fast.curate.signals import Question, Unjudged, Verdict, Worst, parse_signals, settle, verdict_of
-from dpo_fast.curate.verdict import shorten
-from dpo_fast.curate.worker_main import Heartbeat
-from dpo_fast.curate.workers import judge_texts
+from dpo_fast.config import SignalConfig
+from dpo_fast.curate.signals import text as text_signals
+from dpo_fast.curate.signals.registry import parse_signals
+from dpo_fast.curate.verdict import Question, Unjudged, Verdict, Worst, settle, shorten, verdict_of
+from dpo_fast.curate.workers import pool as workers
+from dpo_fast.curate.workers.pool import judge_texts
+from dpo_fast.curate.workers.worker import Heartbeat
+from dpo_fast.errors import UserError
 
 HUGE = 10_000_000
 
@@ -431,7 +433,7 @@ def test_a_heartbeat_is_never_read_half_written(tmp_path):
         shared.truncate(Heartbeat.SIZE)
         writer = """
             import sys
-            from dpo_fast.curate.worker_main import Heartbeat, Place
+            from dpo_fast.curate.workers.worker import Heartbeat, Place
             heartbeat, number = Heartbeat(int(sys.argv[1])), 0
             while True:
                 number += 1

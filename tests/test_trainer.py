@@ -20,10 +20,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpo_fast.checkpoint import newest_checkpoint
-from dpo_fast.config import DPOConfig, TrainingError, UserError
-from dpo_fast.metrics import PAIR_METRICS
-from dpo_fast.trainer import Trainer, train
+from dpo_fast.config import DPOConfig
+from dpo_fast.errors import TrainingError, UserError
+from dpo_fast.training.checkpoint import newest_checkpoint
+from dpo_fast.training.loop import Trainer
+from dpo_fast.training.metrics import PAIR_METRICS
+from dpo_fast.training.run import train
 
 QUIET = Console(quiet=True)
 
@@ -133,7 +135,7 @@ def test_a_stale_reference_stops_the_run_before_it_trains(config, tmp_path):
 
 def test_loss_of_step_0_is_checked(config, monkeypatch):
     """A forward that is not the reference's (noise in training mode alone) is found at the first step."""
-    from dpo_fast.model import Policy
+    from dpo_fast.model.policy import Policy
 
     exact = Policy._head
 
@@ -166,7 +168,7 @@ def test_resume_ends_with_the_same_bits(config, optim, tmp_path):
 
 def test_resume_scores_nothing_and_loads_no_reference(config, tmp_path, monkeypatch):
     train(config(save_steps=3), console=QUIET)
-    from dpo_fast.model import Policy
+    from dpo_fast.model.policy import Policy
 
     loaded = []
     load = Policy.load.__func__
@@ -181,7 +183,7 @@ def test_resume_scores_nothing_and_loads_no_reference(config, tmp_path, monkeypa
 def test_a_signal_ends_the_run_with_a_checkpoint(config, number, tmp_path):
     settings = config(max_steps=100000, output_dir=str(tmp_path / "run"))
     code = (
-        "import sys, json; from dpo_fast.trainer import train; from dpo_fast.config import DPOConfig;"
+        "import sys, json; from dpo_fast.training.run import train; from dpo_fast.config import DPOConfig;"
         "result = train(DPOConfig(**json.loads(sys.argv[1]))); print('steps', result.step)"
     )
     command = [sys.executable, "-c", code, json.dumps(vars(settings))]
@@ -203,10 +205,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(config, number, tmp_path):
 
 SLOWED = """
 import json, sys, time
-import dpo_fast.checkpoint
+import dpo_fast.files
 from dpo_fast.config import DPOConfig
-from dpo_fast.model import Policy
-from dpo_fast.trainer import train
+from dpo_fast.model.policy import Policy
+from dpo_fast.training.run import train
 
 def slowly(call, name):
     def slow(*args, **kwargs):
@@ -218,7 +220,7 @@ def slowly(call, name):
     return slow
 
 Policy.score = slowly(Policy.score, "scoring")
-dpo_fast.checkpoint._seal = slowly(dpo_fast.checkpoint._seal, "saving")
+dpo_fast.files._seal = slowly(dpo_fast.files._seal, "saving")
 train(DPOConfig(**json.loads(sys.argv[1])))
 """
 
@@ -293,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_rows(config,
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(config, monkeypatch):
-    from dpo_fast.model import Policy
+    from dpo_fast.model.policy import Policy
 
     set_trainable = Policy.set_trainable
 

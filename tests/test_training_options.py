@@ -9,13 +9,15 @@ from oracle import SENTENCES, random_groups, save_tiny_checkpoint, tiny_llama
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dpo_fast.batch import pack
-from dpo_fast.config import DPOConfig, UserError
-from dpo_fast.losses import LOSSES
-from dpo_fast.model import Policy, use_packed_attention
-from dpo_fast.objective import REFERENCE_FREE
-from dpo_fast.step import MovingReference, RewardShift
-from dpo_fast.trainer import train
+from dpo_fast.config import DPOConfig
+from dpo_fast.errors import UserError
+from dpo_fast.losses.formulas import LOSSES
+from dpo_fast.losses.objective import REFERENCE_FREE
+from dpo_fast.model.attention import use_packed_attention
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import pack
+from dpo_fast.training.run import train
+from dpo_fast.training.step import MovingReference, RewardShift
 
 QUIET = Console(quiet=True)
 

@@ -17,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOTrainer as TRLTrainer
 from trl_runs import IGNORED, ROWS, assert_same_logs, assert_same_run, make_trainer, train_on_rank, trl_args
 
-import dpo_fast.score
+import dpo_fast.reference.fill
 from dpo_fast.integrations.trl import DPOTrainer
 from dpo_fast.integrations.trl_options import refusals
 
@@ -146,7 +146,7 @@ def test_the_store_is_read_and_the_model_is_left_plain(tmp_path, store, monkeypa
     assert first.model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 5)
     scored = []
     # Begun where a row is missing.
-    monkeypatch.setattr(dpo_fast.score, "progress_line", lambda *args: scored.append(args))
+    monkeypatch.setattr(dpo_fast.reference.fill, "progress_line", lambda *args: scored.append(args))
     trained(DPOTrainer, tmp_path, extra=store, max_steps=1)
     assert not scored
 

@@ -11,14 +11,16 @@ from rich.console import Console
 from trl_runs import IGNORED, ROWS, make_trainer
 from waits import waits
 
-from dpo_fast.batch import pack
 from dpo_fast.config import DPOConfig, LossConfig
-from dpo_fast.guards import FiniteWatch
 from dpo_fast.integrations.trl import DPOTrainer
-from dpo_fast.metrics import Window
-from dpo_fast.model import Policy, use_packed_attention
-from dpo_fast.step import backward
-from dpo_fast.trainer import Trainer, train
+from dpo_fast.model.attention import use_packed_attention
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import pack
+from dpo_fast.training.guards import FiniteWatch
+from dpo_fast.training.loop import Trainer
+from dpo_fast.training.metrics import Window
+from dpo_fast.training.run import train
+from dpo_fast.training.step import backward
 
 
 def scored_batch(policy):

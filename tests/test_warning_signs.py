@@ -11,11 +11,11 @@ from healthy_runs import false_alarms, report
 from oracle import SENTENCES, save_tiny_checkpoint
 from rich.console import Console
 
-from dpo_fast.batch import Group, Ranking
 from dpo_fast.config import DPOConfig
-from dpo_fast.metrics import PAIR_METRICS, PairAverage
-from dpo_fast.trainer import train
-from dpo_fast.warning_signs import (
+from dpo_fast.packs.layout import Group, Ranking
+from dpo_fast.training.metrics import PAIR_METRICS, PairAverage
+from dpo_fast.training.run import train
+from dpo_fast.training.warning_signs import (
     GONE_AFTER,
     Reports,
     WarningSigns,

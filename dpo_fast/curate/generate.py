@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 
-from dpo_fast.batch import Group, Ranking
-from dpo_fast.config import ModelConfig, SamplingConfig, UserError
-from dpo_fast.data import best_fit_decreasing
-from dpo_fast.guards import check_packed_forward
-from dpo_fast.model import Policy, pick_device, use_own_attention, use_packed_attention
-from dpo_fast.reference import score_groups
+from dpo_fast.config import ModelConfig, SamplingConfig
+from dpo_fast.errors import UserError
+from dpo_fast.model.attention import use_own_attention, use_packed_attention
+from dpo_fast.model.check import check_packed_forward
+from dpo_fast.model.load import pick_device
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.bins import best_fit_decreasing
+from dpo_fast.packs.layout import Group, Ranking
+from dpo_fast.reference.scores import score_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 
-from dpo_fast.config import EvalConfig, LabelConfig, SignalConfig, UserError
+from dpo_fast.config import EvalConfig, LabelConfig, SignalConfig
+from dpo_fast.console import progress_line, say
 from dpo_fast.curate.rows import (
     Row,
     Rows,
@@ -25,10 +26,11 @@ from dpo_fast.curate.rows import (
     text_of,
     write_rows,
 )
-from dpo_fast.curate.signals import Question, Signal, Verdict, parse_signals
-from dpo_fast.curate.workers import judge_texts
+from dpo_fast.curate.signals.registry import Signal, parse_signals
+from dpo_fast.curate.verdict import Question, Verdict
+from dpo_fast.curate.workers.pool import judge_texts
 from dpo_fast.curate.worklog import WorkLog, fingerprint
-from dpo_fast.progress import progress_line, say
+from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

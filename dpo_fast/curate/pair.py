@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from rich.console import Console
 
-from dpo_fast.config import PairConfig, UserError
+from dpo_fast.config import PairConfig
+from dpo_fast.console import say
 from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, responses_of, text_of
 from dpo_fast.curate.rows import write_rows as write
 from dpo_fast.curate.sample import SAMPLES
 from dpo_fast.data.formats import choose_pairs
-from dpo_fast.progress import say
+from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 
-from dpo_fast.checkpoint import write_file_atomically
-from dpo_fast.config import UserError
+from dpo_fast.console import say
 from dpo_fast.data.rows import read_rows
-from dpo_fast.progress import say
+from dpo_fast.errors import UserError
+from dpo_fast.files import write_file_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset

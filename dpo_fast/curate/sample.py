@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 from rich.console import Console
 
-from dpo_fast.config import SampleConfig, UserError
+from dpo_fast.config import SampleConfig
+from dpo_fast.console import progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
 from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, tell_left_out, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
 from dpo_fast.data.formats import Text, to_prompt
-from dpo_fast.data.report import RowError
+from dpo_fast.data.row_report import RowError
 from dpo_fast.data.tokenize import Tokenizing
-from dpo_fast.model import load_tokenizer
-from dpo_fast.progress import progress_line, say
+from dpo_fast.errors import UserError
+from dpo_fast.model.load import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset

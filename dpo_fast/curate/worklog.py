@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from dpo_fast.config import UserError
+from dpo_fast.errors import UserError
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,7 +1,7 @@
 """Rows -> token groups -> packs."""
 
 from dpo_fast.data.load import load_groups
-from dpo_fast.data.packing import StepSampler, best_fit_decreasing
-from dpo_fast.data.report import DataReport
+from dpo_fast.data.row_report import DataReport
+from dpo_fast.packs.bins import StepSampler, best_fit_decreasing
 
 __all__ = ["DataReport", "StepSampler", "best_fit_decreasing", "load_groups"]

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any, TypeVar
 
-from dpo_fast.batch import Ranking
 from dpo_fast.config import DataConfig, PairChoice
-from dpo_fast.data.report import RowError
+from dpo_fast.data.row_report import RowError
+from dpo_fast.packs.layout import Ranking
 
 Message = dict[str, Any]
 Text = str | list[Message]

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from dpo_fast.batch import Group
-from dpo_fast.config import DataConfig, UserError
+from dpo_fast.config import DataConfig
 from dpo_fast.data.formats import Preference, to_preference
-from dpo_fast.data.report import DROPPED, DataReport, RowError
+from dpo_fast.data.row_report import DROPPED, DataReport, RowError
 from dpo_fast.data.rows import SourceRow, read_rows
 from dpo_fast.data.tokenize import Tokenizing, truncate
+from dpo_fast.errors import UserError
+from dpo_fast.packs.layout import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

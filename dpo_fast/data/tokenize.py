@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_fast.batch import Group, Ranking
-from dpo_fast.config import DataConfig, UserError
+from dpo_fast.config import DataConfig
 from dpo_fast.data.formats import Message, Preference, Text, only_different
-from dpo_fast.data.report import RowError
+from dpo_fast.data.row_report import RowError
+from dpo_fast.errors import UserError
+from dpo_fast.packs.layout import Group, Ranking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,18 +27,21 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
 from trl.trainer.utils import use_adapter
 
-from dpo_fast.batch import Group, PackedBatch, pack
-from dpo_fast.data.balance import BalancedSampler, group_cost
-from dpo_fast.data.packing import best_fit_decreasing
-from dpo_fast.guards import attention_windows, check_packed_forward
 from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures, num_unshared_tokens
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
 from dpo_fast.kernels.autotune import cache_dir
-from dpo_fast.model import Policy, Scored, use_own_attention, use_packed_attention
-from dpo_fast.objective import OF_BATCH, loss_names
-from dpo_fast.reference import Reference, ReferenceStore, model_fingerprint
-from dpo_fast.score import fill_reference
-from dpo_fast.step import pair_losses
+from dpo_fast.losses.objective import OF_BATCH, loss_names
+from dpo_fast.model.attention import use_own_attention, use_packed_attention
+from dpo_fast.model.check import attention_windows, check_packed_forward
+from dpo_fast.model.policy import Policy, Scored
+from dpo_fast.packs.balance import BalancedSampler, group_cost
+from dpo_fast.packs.bins import best_fit_decreasing
+from dpo_fast.packs.layout import Group, PackedBatch, pack
+from dpo_fast.reference.fill import fill_reference
+from dpo_fast.reference.fingerprint import model_fingerprint
+from dpo_fast.reference.scores import Reference
+from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.training.step import pair_losses
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 HEAD_MEMORY_BUDGET = 2 * 2**30

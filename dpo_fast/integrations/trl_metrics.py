@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dpo_fast.batch import PackedBatch
 from dpo_fast.kernels.segment_sum import segment_sum
-from dpo_fast.metrics import TRL_METRICS, pair_metrics
-from dpo_fast.model import Scored
-from dpo_fast.pairs import PairLogps
+from dpo_fast.losses.pairs import PairLogps
+from dpo_fast.model.policy import Scored
+from dpo_fast.packs.layout import PackedBatch
+from dpo_fast.training.metrics import TRL_METRICS, pair_metrics
 
 # The loss is left out: transformers reports its own.
 _OF_PAIRS = TRL_METRICS[1:]

@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from dpo_fast.config import DataConfig, LabelConfig, UserError
+from dpo_fast.config import DataConfig, LabelConfig
 from dpo_fast.curate.rows import Row, responses_of, tell_left_out, text_of
 from dpo_fast.data.formats import to_preference, to_prompt
-from dpo_fast.data.report import DROPPED, RowError
+from dpo_fast.data.row_report import DROPPED, RowError
+from dpo_fast.errors import UserError
 
 _CHOSEN, _REJECTED = DataConfig.chosen_column, DataConfig.rejected_column
 # Control characters, C1 among them since some terminals obey it, and the two that show letters in another order than

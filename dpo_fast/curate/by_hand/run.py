@@ -13,12 +13,13 @@ from pathlib import Path
 import xxhash
 from rich.console import Console
 
-from dpo_fast.config import LabelConfig, UserError
+from dpo_fast.config import LabelConfig
+from dpo_fast.console import say
 from dpo_fast.curate.by_hand.items import to_items
 from dpo_fast.curate.by_hand.judgements import Judging, make_queue
 from dpo_fast.curate.rows import check_out, read_objects, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
-from dpo_fast.progress import say
+from dpo_fast.errors import UserError
 
 # Key of the log: hash of the last result that was written from it, which a later one may replace.
 _WRITTEN = "written"

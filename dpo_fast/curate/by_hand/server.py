@@ -25,9 +25,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dpo_fast.config import UserError
 from dpo_fast.curate.by_hand.items import visible
 from dpo_fast.curate.by_hand.judgements import CHOICES, Judging, StaleError
+from dpo_fast.errors import UserError
 
 HOST = "127.0.0.1"
 # The page has this long to take the last judgement back, once all is judged.

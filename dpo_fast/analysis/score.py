@@ -1,0 +1,62 @@
+"""`dpo-fast score`: the log-probs of a model, per pair and per token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from dpo_fast.config import ScoreConfig
+from dpo_fast.data.load import load_groups
+from dpo_fast.errors import UserError
+from dpo_fast.files import write_file_atomically
+from dpo_fast.model.load import load_tokenizer
+from dpo_fast.packs.bins import best_fit_decreasing
+from dpo_fast.packs.budget import token_budget
+from dpo_fast.packs.layout import Group
+from dpo_fast.reference.fill import reference_logps
+from dpo_fast.reference.scores import AnswerLogps
+
+
+def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
+    """Write the log-probs of `config.model` on `config.data` to `config.out`, one JSON object a pair.
+
+    Scores go through the reference store: rows scored before are read, and a run that was killed goes on.
+    """
+    console = console or Console()
+    if not config.data:
+        raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
+    if not config.out:
+        raise UserError("no output given: pass --out with the .jsonl file to write")
+    tokenizer = load_tokenizer(config.model, config.chat_template)
+    groups, report = load_groups(config, tokenizer)
+    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    max_tokens = token_budget(config, groups, pairs=8)
+    packs = best_fit_decreasing([group.num_tokens for group in groups], max_tokens)
+    scores, _ = reference_logps(config, config.model, groups, packs=packs, console=console)
+    lines = [
+        json.dumps(record)
+        for group, answers in zip(groups, scores, strict=True)
+        for record in pair_records(group, answers, tokens=config.tokens)
+    ]
+    out = Path(config.out)
+    write_file_atomically(out, "\n".join(lines) + "\n")
+    console.print(f"{len(lines)} pairs: {out}", highlight=False, soft_wrap=True)
+    return out
+
+
+def pair_records(group: Group, answers: AnswerLogps, *, tokens: bool) -> list[dict[str, Any]]:
+    """One record per pair of a group; sums are taken in fp64."""
+    records = []
+    for pair in group.pairs:
+        record: dict[str, Any] = {"index": group.row}
+        for side, answer in zip(("chosen", "rejected"), pair, strict=True):
+            logps = answers[answer]
+            record |= {f"{side}_logp": float(logps.astype(np.float64).sum()), f"{side}_len": len(logps)}
+            if tokens:
+                record[f"{side}_token_logps"] = logps.tolist()
+        records.append(record)
+    return records

@@ -1,0 +1,236 @@
+"""`command:PROGRAM ARG...`: a program of the user's judges one answer, within limits.
+
+It runs in a fresh scratch folder, in a session of its own. Per process the kernel holds it to its limits of memory,
+processor time and the size of a file; what several processes use together (memory, files, their number) is looked at
+every few hundredths of a second. As root, RLIMIT_NPROC would limit nothing, and for other users it would count all that
+they run. What it cannot be kept from: the network, files elsewhere, signals to other processes of the same user.
+
+The limit of memory is RLIMIT_DATA, half as large again: RLIMIT_AS would refuse programs that reserve address space
+which they never touch (node, Java).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from dpo_fast.config import SignalConfig
+from dpo_fast.curate.sandbox.output import Output
+from dpo_fast.curate.sandbox.processes import (
+    descendants,
+    end_descendants,
+    have_children_ended,
+    peak_memory,
+    remove_tree,
+    wait_until,
+)
+from dpo_fast.curate.verdict import TextSignal, Unjudged
+from dpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dpo_fast.curate.rows import Row
+
+_MIB = 2**20
+_FIRST_LOOK, _LOOK_EVERY = 0.02, 0.05
+# How long children may outlive the program, such as the other half of a pipe.
+_STRAGGLERS = 0.25
+# An answer may bring code that the program runs: no keys and tokens of the user's for it.
+_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH")
+
+
+def command(argument: str, config: SignalConfig) -> TextSignal:
+    """A checker; it may be called only in a process that has no other children, such as `worker_main` makes.
+
+    Raises:
+        UserError: commands are not allowed, or there is no such program.
+    """
+    spec = f"--signals command:{argument}"
+    if not config.allow_commands:
+        raise UserError(f"{spec}: runs a program on each answer; allow that by --allow_commands true")
+    try:
+        words = shlex.split(argument)
+    except ValueError as error:
+        raise UserError(f"{spec}: cannot be split into words: {error}") from error
+    if not words:
+        raise UserError(f"{spec}: expected command:PROGRAM ARG...")
+    program = shutil.which(words[0])
+    if program is None:
+        raise UserError(f"{spec}: no program {words[0]!r} that can be run; one in this folder is ./{words[0]}")
+    # The program runs elsewhere, so names of files in this folder must hold there, too.
+    arguments = [os.path.abspath(word) if os.path.isfile(word) else word for word in words[1:]]
+    return _Checker([os.path.abspath(program), *arguments], config)
+
+
+class _Checker:
+    def __init__(self, argv: list[str], config: SignalConfig) -> None:
+        self.argv = argv
+        self.config = config
+
+    def __call__(self, answer: str, row: Row) -> float:
+        # A path without links, by which `end_those_in` knows what was started here.
+        folder = Path(tempfile.mkdtemp(prefix="command-")).resolve()
+        try:
+            (folder / "answer.txt").write_bytes(answer.encode(errors="replace"))
+            (folder / "row.json").write_text(json.dumps(row, default=str), encoding="ascii")
+            return _Run(self.argv, self.config, folder).score()
+        finally:
+            if not have_children_ended()[0]:
+                end_descendants(os.getpid())
+            remove_tree(folder)
+
+
+class _Run:
+    """One answer's run."""
+
+    def __init__(self, argv: list[str], config: SignalConfig, folder: Path) -> None:
+        self.argv = argv
+        self.config = config
+        self.folder = folder
+        self.memory = 0
+        self.memory_limit = config.memory_limit_mib * _MIB
+        self.inputs = folder_size(folder)
+
+    def score(self) -> float:
+        """Run the program to its end and read its score; `_Checker` clears up whatever happens."""
+        before = peak_memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        with Output(self.config.output_limit_kib * 1024) as output:
+            status = self._watch(output)
+            everyone_ended = wait_until(self._collect, time.monotonic() + _STRAGGLERS)
+            output.drain()
+        self._check_files()
+        # A new program inherits the largest size of the process that started it.
+        if self.memory > max(self.memory_limit, before):
+            self._over_memory()
+        if not everyone_ended:
+            raise Unjudged("left processes running when it ended")
+        if status < 0:
+            raise Unjudged(f"ended by signal {-status} ({signal.strsignal(-status)})")
+        return _read_score(output.last_line(), status)
+
+    def _watch(self, output: Output) -> int:
+        """Wait for the program within its limits; its exit status, below 0 for a signal."""
+        deadline = time.monotonic() + self.config.timeout
+        next_look = time.monotonic() + _FIRST_LOOK
+        pid = self._start(output)
+        while True:
+            output.read(max(0.0, min(next_look, deadline) - time.monotonic()))
+            ended, status, usage = os.wait4(pid, os.WNOHANG)
+            if ended:
+                self.memory = peak_memory(usage.ru_maxrss)
+                return os.waitstatus_to_exitcode(status)
+            now = time.monotonic()
+            if now >= deadline:
+                raise Unjudged(f"took longer than {self.config.timeout:g} s")
+            if now >= next_look:
+                self._check_processes()
+                self._check_files()
+                next_look = time.monotonic() + _LOOK_EVERY
+
+    def _start(self, output: Output) -> int:
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        with (self.folder / "answer.txt").open("rb") as answer:
+            try:
+                process = subprocess.Popen(
+                    self.argv,
+                    cwd=self.folder,
+                    env=environment | {"HOME": str(self.folder), "TMPDIR": str(self.folder)},
+                    stdin=answer,
+                    stdout=output.stdout,
+                    stderr=output.stderr,
+                    start_new_session=True,
+                    preexec_fn=self._limit,
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise Unjudged(f"cannot be started: {error}") from error
+        output.started()
+        # It is waited for by wait4, which tells what it used; Popen need not mind.
+        process.returncode = 0
+        return process.pid
+
+    def _limit(self) -> None:
+        """In the child, before the program: what the kernel itself holds each process to."""
+        for limit, value in (
+            (resource.RLIMIT_DATA, self.memory_limit * 3 // 2),
+            (resource.RLIMIT_FSIZE, self.config.file_limit_mib * _MIB),
+            (resource.RLIMIT_CPU, math.ceil(self.config.timeout) + 1),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            highest = resource.getrlimit(limit)[1]
+            value = value if highest == resource.RLIM_INFINITY else min(value, highest)
+            resource.setrlimit(limit, (value, value))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def _collect(self) -> bool:
+        ended, memory = have_children_ended()
+        self.memory = max(self.memory, memory)
+        return ended
+
+    def _check_processes(self) -> None:
+        processes = descendants(os.getpid())
+        if len(processes) > self.config.process_limit:
+            raise Unjudged(f"ran more than {self.config.process_limit} processes at once")
+        # Pages that processes share are counted once in the second measure, which is slow.
+        if _memory_of(processes, "rss") > self.memory_limit and _memory_of(processes, "pss") > self.memory_limit:
+            self._over_memory()
+
+    def _over_memory(self) -> None:
+        raise Unjudged(f"used more than {self.config.memory_limit_mib} MiB of memory")
+
+    def _check_files(self) -> None:
+        limit = self.config.file_limit_mib * _MIB
+        # A single file ends exactly at the limit.
+        if folder_size(self.folder, enough=self.inputs + limit) >= self.inputs + limit:
+            raise Unjudged(f"wrote more than {self.config.file_limit_mib} MiB of files")
+
+
+def _memory_of(processes: list[psutil.Process], kind: str) -> int:
+    """Bytes that processes hold together; `pss` where the system tells it, else `rss`."""
+    total = 0
+    for process in processes:
+        try:
+            found = process.memory_full_info() if kind == "pss" else process.memory_info()
+            total += getattr(found, kind, found.rss)
+        except psutil.Error:
+            continue
+    return total
+
+
+def folder_size(folder: Path, enough: float = math.inf) -> float:
+    """Bytes of all files below a folder, at least a disk block for each; stops counting at `enough`.
+
+    A folder so deep that no path reaches into it is infinitely large.
+    """
+    total, folders = 0.0, [str(folder)]
+    while folders and total < enough:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    status = entry.stat(follow_symlinks=False)
+                    total += max(status.st_size, status.st_blocks * 512, 4096)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except FileNotFoundError:  # gone since it was listed
+            continue
+        except OSError:
+            return math.inf
+    return total
+
+
+def _read_score(line: str, status: int) -> float:
+    """The number in the program's last line if there is one, else whether it ended well."""
+    try:
+        return float(line)
+    except ValueError:
+        return float(status == 0)

@@ -1,0 +1,151 @@
+"""`judge:NAME`: a language model on this machine says which of two answers is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+from torch import Tensor
+
+from dpo_fast.curate.rows import text_of
+from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
+from dpo_fast.curate.verdict import Question, Verdict
+from dpo_fast.errors import UserError
+from dpo_fast.model.attention import use_own_attention
+from dpo_fast.model.load import load_model
+
+JUDGE_QUESTION = """\
+Which of two answers to a request is better: more correct, more helpful and better written?
+
+[Request]
+{prompt}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Reply with the letter of the better answer, A or B, and nothing else."""
+_LETTERS = ("A", "B")
+
+
+class Judge(ModelSignal):
+    """`judge:NAME`: the share of comparisons that an answer wins, ties as halves.
+
+    Every two answers are compared, in both orders, by which letter is likelier to come next. Judges favour a place;
+    where the two orders disagree, it is a tie.
+    """
+
+    kind = "judge"
+    padding_side = "left"
+
+    @cached_property
+    def model(self) -> Any:
+        """The language model.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        try:
+            model: Any = load_model(self.name, self.dtype)
+        except UserError as error:
+            raise UserError(f"--signals {self.spec}: {error}") from error
+        use_own_attention(model)
+        return model.to(self.device).eval()
+
+    @cached_property
+    def letters(self) -> list[list[int]]:
+        """For A and B, the tokens that say it: the letter alone and with a space before it.
+
+        Raises:
+            UserError: the tokenizer has no token for a letter.
+        """
+        found = []
+        for letter in _LETTERS:
+            ways = (self.tokenizer.encode(text, add_special_tokens=False) for text in (letter, f" {letter}"))
+            tokens = sorted({way[0] for way in ways if len(way) == 1})
+            if not tokens:
+                raise UserError(f"--signals {self.spec}: its tokenizer has no single token for the letter {letter}")
+            found.append(tokens)
+        return found
+
+    def outputs(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B,) log-prob of A minus that of B as the next token."""
+        mask = batch["attention_mask"]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        logits = self.model(
+            input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+        ).logits[:, -1]
+        first, second = (logits[:, tokens].float().logsumexp(1) for tokens in self.letters)
+        return first - second
+
+    def judge(self, questions: Sequence[Question]) -> list[list[Verdict]]:
+        """The share of comparisons that each answer wins."""
+        asked: list[Tokens] = []
+        plans = [self._plan(question, asked) for question in questions]
+        preferences = self.read(asked)
+        return [_shares(len(q.answers), plan, preferences) for q, plan in zip(questions, plans, strict=True)]
+
+    def _plan(self, question: Question, asked: list[Tokens]) -> list[_Comparison]:
+        """What is to be compared in a row; adds the two orders of each comparison to `asked`."""
+        plan = []
+        for first, second in combinations(range(len(question.answers)), 2):
+            a, b = question.answers[first], question.answers[second]
+            if a == b:
+                plan.append(_Comparison(first, second))
+                continue
+            orders = [attempt(self._encode, question.prompt, *order) for order in ((a, b), (b, a))]
+            refused = next((tokens for tokens in orders if isinstance(tokens, Verdict)), None)
+            plan.append(_Comparison(first, second, place=len(asked), refused=refused))
+            if refused is None:
+                asked.extend(orders)
+        return plan
+
+    def _encode(self, prompt: Any, first: str, second: str) -> Tokens:
+        words = {"prompt": text_of(prompt), "first": first, "second": second}
+        question = JUDGE_QUESTION.format(**{name: self.defuse(text) for name, text in words.items()})
+        if self.tokenizer.chat_template:
+            return self.encode_turns([{"role": "user", "content": question}], add_generation_prompt=True)
+        return self.encode(f"{question}\n\nBetter answer:")
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Two answers of a row.
+
+    Attributes:
+        first: index of the one.
+        second: index of the other.
+        place: of its first order among all that is asked, the second comes next; None where the answers are the same.
+        refused: why it cannot be asked.
+    """
+
+    first: int
+    second: int
+    place: int | None = None
+    refused: Verdict | None = None
+
+
+def _shares(num_answers: int, plan: list[_Comparison], preferences: list[float]) -> list[Verdict]:
+    """What each answer won of its comparisons, from how much A was preferred each time."""
+    won: list[list[float]] = [[] for _ in range(num_answers)]
+    refused: dict[int, Verdict] = {}
+    for comparison in plan:
+        if comparison.refused:
+            refused |= dict.fromkeys((comparison.first, comparison.second), comparison.refused)
+            continue
+        share = 0.5
+        if comparison.place is not None:
+            one, other = preferences[comparison.place], -preferences[comparison.place + 1]
+            share = 1.0 if one > 0 and other > 0 else 0.0 if one < 0 and other < 0 else 0.5
+        won[comparison.first].append(share)
+        won[comparison.second].append(1 - share)
+    alone = Verdict(None, "a judge needs two answers to compare")
+    return [
+        Verdict(sum(shares) / len(shares)) if shares else refused.get(number, alone)
+        for number, shares in enumerate(won)
+    ]

@@ -1,0 +1,111 @@
+"""What became of every row: counted by cause, with the first row numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_fast.packs.layout import Group
+
+DROPPED = {
+    "broken_json": "not valid JSON",
+    "wrong_type": "a field of a wrong type",
+    "missing_field": "a field is missing",
+    "empty_answer": "an answer is empty",
+    "identical_answers": "both answers are the same",
+    "tied_scores": "no two responses differ in score, by min_score_gap at least",
+    "template_error": "the chat template refuses the messages",
+    "prompt_fills_max_length": "the prompt alone fills max_length",
+    "too_long": "longer than max_length (truncation_mode drop)",
+    "identical_after_truncation": "the answers differ only beyond max_length",
+}
+CHANGED = {
+    "truncated": "an answer lost its end to max_length",
+    "prompt_truncated": "the prompt lost its start to max_length",
+    "boundary_moved": "the prompt's last tokens merge with the answer's first; the answer begins before them",
+    "end_token_added": "the chat template gives no end token; the tokenizer's was added",
+    "no_end_token": "no end token: the tokenizer has none, so the model cannot learn to stop",
+    "no_prompt_token": "no token stands before the answers; their first tokens are not scored",
+}
+SHOWN_ROWS = 5
+
+
+class RowError(Exception):
+    """A row that cannot be used."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        assert cause in DROPPED
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass
+class DataReport:
+    """Counts of one source.
+
+    Attributes:
+        source: file or data set.
+        rows_read: rows seen.
+        rows_used: rows that became a group.
+        causes: for each cause (`DROPPED`, `CHANGED`) the places of its rows, such as `line 12`.
+        first_message: for each cause its first row's message.
+        tokens: with each prompt once.
+        tokens_unshared: with one copy of the prompt per answer.
+        tokens_padded: with every sequence padded to the longest of all.
+    """
+
+    source: str
+    rows_read: int = 0
+    rows_used: int = 0
+    causes: dict[str, list[str]] = field(default_factory=dict)
+    first_message: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0
+    tokens_unshared: int = 0
+    tokens_padded: int = 0
+
+    def count(self, cause: str, place: str, message: str = "") -> None:
+        """One more row of a cause."""
+        assert cause in DROPPED or cause in CHANGED
+        self.causes.setdefault(cause, []).append(place)
+        self.first_message.setdefault(cause, message)
+
+    def finish(self, groups: list[Group]) -> None:
+        """Add up the tokens of what is used."""
+        self.rows_used = len(groups)
+        self.tokens = sum(group.num_tokens for group in groups)
+        self.tokens_unshared = sum(group.num_unshared_tokens for group in groups)
+        longest = max((len(g.prompt_ids) + max(map(len, g.answers)) for g in groups), default=0)
+        self.tokens_padded = longest * sum(len(group.answers) for group in groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "source": self.source,
+            "rows_read": self.rows_read,
+            "rows_used": self.rows_used,
+            "dropped": {cause: len(rows) for cause, rows in self.causes.items() if cause in DROPPED},
+            "changed": {cause: len(rows) for cause, rows in self.causes.items() if cause in CHANGED},
+            "tokens": self.tokens,
+            "tokens_unshared": self.tokens_unshared,
+            "tokens_padded": self.tokens_padded,
+        }
+
+    def render(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{self.source}: {self.rows_read} rows read, {self.rows_used} used"]
+        for verb, sentences in (("dropped", DROPPED), ("changed", CHANGED)):
+            for cause, sentence in sentences.items():
+                if cause in self.causes:
+                    lines.append(f"  {verb} {len(self.causes[cause])}: {sentence} [{cause}; {self._places(cause)}]")
+                    if verb == "dropped" and self.first_message[cause]:
+                        lines.append(f"    {self.causes[cause][0]}: {self.first_message[cause]}")
+        if self.tokens:
+            lines.append(
+                f"  {self.tokens} tokens with each prompt once; {self.tokens_unshared} with a copy per answer, "
+                f"{self.tokens_padded} padded to the longest"
+            )
+        return "\n".join(lines)
+
+    def _places(self, cause: str) -> str:
+        places = self.causes[cause]
+        return ", ".join(places[:SHOWN_ROWS]) + (", ..." if len(places) > SHOWN_ROWS else "")

@@ -1,0 +1,11 @@
+"""What ends a command with one clear line instead of a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in the input or the settings: one clear message, exit code 2, no traceback."""
+
+
+class TrainingError(RuntimeError):
+    """A run that stopped itself: a first step that is not at the reference, a loss or gradient that is not finite."""

@@ -1,0 +1,201 @@
+"""Files and folders that are whole or not there: staged, hashed, synced, renamed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from dpo_fast.errors import UserError
+
+logger = logging.getLogger("dpo_fast")
+
+
+MANIFEST = "manifest.json"
+
+
+_STAGING = ".dpo-fast-staging-"
+
+
+_TRASH = ".dpo-fast-trash-"
+
+
+# A folder that gives way to a new one of its name: no rename replaces a folder that is not empty, so for a moment
+# between two renames this one is the only whole one.
+_REPLACED = ".dpo-fast-replaced-"
+
+
+_LEFTOVER = re.compile(rf"({re.escape(_STAGING)}|{re.escape(_TRASH)})[0-9a-f]{{32}}")
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> Path:
+    """Make the folder `path` out of what `write` puts into a staging folder; an older one is replaced.
+
+    Raises:
+        UserError: the folder cannot be written; an older one stays.
+    """
+    with _writing(path):
+        _publish(path, write, {})
+    return path
+
+
+def write_file_atomically(path: Path, text: str) -> None:
+    """Write a text file that is never seen half written.
+
+    Raises:
+        UserError: the file cannot be written; an older one stays.
+    """
+    with _writing(path):
+        staging = path.with_name(f"{_STAGING}{uuid.uuid4().hex}")
+        try:
+            _write_synced(staging, text)
+            staging.rename(path)
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def verify_folder(path: Path) -> list[str]:
+    """What is wrong with a folder written here: one line per missing or changed file, none if it is whole.
+
+    Files that were added later are no problem.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        expectations = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"]
+    return [
+        f"{name}: {problem}"
+        for name, (size, digest) in expectations.items()
+        if (problem := _file_problem(path / name, size, digest))
+    ]
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Hold the lock on the folder around `path`, cleared of what dead processes left in it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            _lock(descriptor)
+            _clean(path.parent)
+            yield
+        finally:
+            os.close(descriptor)  # drops the lock
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error}): free disk space or make its folder writable. What was there before "
+            "is whole"
+        ) from error
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        # Some network file systems cannot lock a folder. Runs have folders of their own, so this costs them nothing.
+        logger.debug("no lock: %s", error)
+
+
+def _publish(path: Path, write: Callable[[Path], None], facts: dict[str, Any]) -> None:
+    staging = path.parent / f"{_STAGING}{uuid.uuid4().hex}"
+    staging.mkdir()
+    try:
+        write(staging)
+        _seal(staging, facts)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    replaced = path.with_name(_REPLACED + path.name)
+    if path.exists():
+        path.rename(replaced)
+    staging.rename(path)
+    _sync(path.parent)
+    if replaced.exists():
+        _remove(replaced)
+
+
+def _seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Bring the files to the disk, and then the manifest that speaks for them."""
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        assert file != folder / MANIFEST, "the manifest's name is taken"
+        # Libraries write weights as 0600, which another user's server could not read.
+        file.chmod(0o644)
+        _sync(file)
+        files[str(file.relative_to(folder))] = {"size": file.stat().st_size, "xxh3_128": _digest(file)}
+    _write_synced(folder / MANIFEST, json.dumps(facts | {"files": files}, indent=1) + "\n")
+    for inner in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        inner.chmod(0o755)
+        _sync(inner)
+
+
+def _file_problem(file: Path, size: int, digest: str) -> str:
+    """What is wrong with a file, or an empty string; the cheap questions first."""
+    try:
+        if not file.is_file():
+            return "missing"
+        if (found := file.stat().st_size) != size:
+            return f"{found} bytes, expected {size}"
+        return "" if _digest(file) == digest else "its contents changed after it was saved"
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def _clean(folder: Path) -> None:
+    """Remove what processes that were killed left behind, and put a folder back whose replacement never came."""
+    for path in folder.iterdir():
+        if path.name.startswith(_REPLACED):
+            place = folder / path.name.removeprefix(_REPLACED)
+            if place.exists():
+                _remove(path)
+            else:
+                path.rename(place)
+        elif _LEFTOVER.fullmatch(path.name):
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            except PermissionError as error:  # another user's, in a folder that is shared
+                logger.warning("%s is left over and cannot be removed: %s", path, error)
+
+
+def _remove(path: Path) -> None:
+    trash = path.parent / f"{_TRASH}{uuid.uuid4().hex}"
+    path.rename(trash)
+    # The new name must be on the disk before the first file is gone.
+    _sync(path.parent)
+    shutil.rmtree(trash)
+
+
+def _digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o644)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,7 @@
+"""A causal language model that reads packs.
+
+load       models and tokenizers by name, and the device
+attention  packs in transformers' attention interface
+policy     log-probs of a pack
+check      whether packs give the model's own log-probs
+"""

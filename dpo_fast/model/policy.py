@@ -1,0 +1,266 @@
+"""A causal language model that reads packs, and the log-probs of a pack's targets."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_fast.config import ModelConfig
+from dpo_fast.errors import UserError
+from dpo_fast.kernels import autotune
+from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
+from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
+from dpo_fast.kernels.prefix_attention import prefix_layout
+from dpo_fast.kernels.token_stats import TokenStats
+from dpo_fast.packs.layout import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from dpo_fast.model.attention import PACKED_ATTENTION, _packed_attention
+from dpo_fast.model.load import load_model, pick_device
+
+# Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
+NUMERICS_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a forward over a pack gives.
+
+    Attributes:
+        logps: (N,) fp32 log-probs of the targets.
+        router_loss: load-balancing loss of a mixture of experts times its coefficient, to be added to a mean loss; None
+            for other models.
+        stats: (N,) figures of each target's distribution, where they were asked for.
+    """
+
+    logps: Tensor
+    router_loss: Tensor | None = None
+    stats: TokenStats | None = None
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """(N, D) hidden states of the rows before the targets, and one (T, E) tensor of router logits a layer."""
+
+    rows: Tensor
+    router_logits: tuple[Tensor, ...]
+
+
+class Policy:
+    """A model with what it needs to score packs: its device, its compute dtype and the head's memory budget."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        bf16: bool,
+        memory_budget: int,
+        deterministic_attention: bool = True,
+    ) -> None:
+        """Take a model.
+
+        Args:
+            model: from `load_model`.
+            device: it is moved there.
+            bf16: run it in bfloat16 autocast.
+            memory_budget: bytes that the head may keep.
+            deterministic_attention: let attention's backward add in a fixed order on a GPU, too.
+        """
+        self.model: Any = model
+        model.to(device=device)  # type: ignore[call-arg]
+        model.eval()
+        self.device = device
+        self.bf16 = bf16
+        self.memory_budget = memory_budget
+        self.deterministic_attention = deterministic_attention
+        self.shares_prompts = True
+        self.is_compiled = False
+        self.static_tokens: int | None = None
+        # As in transformers, a mixture of experts is balanced where its configuration says so; 0 does not balance it.
+        balanced = getattr(model.config, "output_router_logits", False)
+        self.router_loss_coef: float = getattr(model.config, "router_aux_loss_coef", 0.0) if balanced else 0.0
+
+    @classmethod
+    def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
+        """Load `name`, by default `config.model`, as the configuration says."""
+        if config.head_memory_budget_gib < 0:
+            raise UserError(f"--head_memory_budget_gib {config.head_memory_budget_gib}: expected 0 or above")
+        device = pick_device(config.device)
+        autotune.enabled = config.autotune
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+        return cls(
+            load_model(name or config.model, dtype),
+            device=device,
+            bf16=bf16 and dtype is torch.float32,
+            memory_budget=int(config.head_memory_budget_gib * 2**30),
+            deterministic_attention=config.deterministic_attention,
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the matrix products."""
+        return torch.bfloat16 if self.bf16 else self.model.dtype
+
+    @property
+    def reads_packs(self) -> bool:
+        """Whether the model is set to packed attention at the moment."""
+        return bool(self.model.config._attn_implementation == PACKED_ATTENTION)
+
+    @property
+    def numerics(self) -> str:
+        """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
+        layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
+        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{' compiled' if self.is_compiled else ''}"
+
+    @property
+    def noise(self) -> float:
+        """Nats by which rounding alone may move a token's log-prob from one layout to another."""
+        return 2e-3 if self.compute_dtype is torch.float32 else 0.5
+
+    def autocast(self) -> torch.autocast:
+        """The context that the decoder's body runs in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def forward(self, batch: PackedBatch, *, want_stats: bool = False) -> Scored:
+        """The decoder's body over the pack, the head over the target rows alone.
+
+        Returns:
+            Log-probs in the order of `batch.targets`, differentiable.
+        """
+        decoded = self._decode_packed(batch) if self.shares_prompts else self._decode_answers(batch)
+        logps, stats = self._head(decoded.rows, batch.targets, want_stats=want_stats)
+        return Scored(logps, self._router_loss(decoded.router_logits), stats)
+
+    def padding(self, batch: PackedBatch) -> int:
+        """Tokens that the pack is filled up with, so that all have one size: none unless `static_tokens` is set."""
+        return max(0, (self.static_tokens or 0) - batch.num_tokens) if self.shares_prompts else 0
+
+    def token_logps(self, batch: PackedBatch) -> Tensor:
+        """(N,) fp32 log-probs of `forward`."""
+        return self.forward(batch).logps
+
+    def _decode_packed(self, batch: PackedBatch) -> _Decoded:
+        num_tokens, padding = batch.num_tokens, self.padding(batch)
+        layout = prefix_layout(
+            *(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, num_tokens + padding),
+            deterministic=self.deterministic_attention,
+        )
+        if self.is_compiled:
+            # torch 2.11 compiles a layer anew for the second pack's sizes, although only attention, which is not
+            # compiled, reads them.
+            for sizes in (*vars(layout.kv_index).values(), layout.cu_seqlens_q, layout.cu_seqlens_k):
+                torch._dynamo.maybe_mark_dynamic(sizes, 0)
+        ids, positions = (nn.functional.pad(x, (0, padding)) for x in (batch.input_ids, batch.position_ids))
+        decoded = self._decode(ids, position_ids=positions[None], packed_layout=layout)
+        routers = tuple(layer[:num_tokens] for layer in decoded.router_logits)
+        # The prompt's last row is read for each of its answers: `gather_rows` sums its gradient in a fixed order.
+        rows = gather_rows(decoded.rows, RowIndex.of(batch.hidden_index, num_tokens + padding))
+        return _Decoded(rows, routers)
+
+    def _decode_answers(self, batch: PackedBatch) -> _Decoded:
+        """One sequence an answer, no padding: for models whose sequences cannot share a prompt."""
+        key_bounds, target_bounds = batch.cu_seqlens_k.tolist(), batch.cu_answers.tolist()
+        parts = []
+        for answer, segment in enumerate(batch.answer_segments):
+            keys = batch.kv_index[key_bounds[segment] : key_bounds[segment + 1]]
+            num_targets = target_bounds[answer + 1] - target_bounds[answer]
+            decoded = self._decode(batch.input_ids[keys])
+            parts.append(replace(decoded, rows=decoded.rows[len(keys) - 1 - num_targets : len(keys) - 1]))
+        routers = zip(*(part.router_logits for part in parts), strict=True)
+        return _Decoded(torch.cat([part.rows for part in parts]), tuple(torch.cat(layer) for layer in routers))
+
+    @property
+    def _decoder(self) -> Any:
+        """The model without its head."""
+        decoder = self.model.get_decoder()
+        return self.model.model if decoder is self.model else decoder  # Llama 4 gives itself
+
+    def _decode(self, ids: Tensor, **arguments: Any) -> _Decoded:
+        if self.router_loss_coef:
+            arguments["output_router_logits"] = True
+        with self.autocast():
+            outputs = self._decoder(input_ids=ids[None], use_cache=False, **arguments)
+        return _Decoded(outputs.last_hidden_state[0], tuple(getattr(outputs, "router_logits", None) or ()))
+
+    def _router_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor | None:
+        """The load-balancing loss of the model's own class, times its coefficient; None where there is none."""
+        if not self.router_loss_coef or not router_logits:
+            return None
+        balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
+        loss = balance(router_logits, self.model.num_experts, self.model.num_experts_per_tok)
+        return self.router_loss_coef * loss
+
+    def _head(self, rows: Tensor, targets: Tensor, *, want_stats: bool) -> tuple[Tensor, TokenStats | None]:
+        """Log-probs of `targets` (N,) under the LM head, from the hidden states `rows` (N, D) one position earlier."""
+        head = self.model.get_output_embeddings()
+        text_config = self.model.config.get_text_config()
+        # Granite divides its logits, Cohere multiplies them.
+        divisor = getattr(text_config, "logits_scaling", None) or 1 / (getattr(text_config, "logit_scale", None) or 1)
+        dtype = self.compute_dtype
+        bias = getattr(head, "bias", None)
+        arguments = (rows.to(dtype), head.weight.to(dtype), targets)
+        options: dict[str, Any] = {
+            "bias": None if bias is None else bias.to(dtype),
+            "softcap": getattr(text_config, "final_logit_softcapping", None),
+            "temperature": divisor,
+            "memory_budget": self.memory_budget,
+            "assume_valid": True,  # token ids of the model's own vocabulary: the embedding has read them
+        }
+        if want_stats:
+            return linear_logprob_with_stats(*arguments, **options)
+        return linear_logprob(*arguments, **options), None
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> Tensor:
+        """(N,) fp32 log-probs on the CPU, without gradients; `batch` may lie anywhere."""
+        return self.token_logps(batch.to(self.device)).cpu()
+
+    def set_trainable(self, *, gradient_checkpointing: bool) -> None:
+        """Switch to training mode."""
+        self.model.train()
+        if gradient_checkpointing:
+            # transformers 5.23 renamed the method; 5.17 knows the old name alone.
+            new_name = "activation_checkpointing_enable"
+            getattr(self.model, new_name if hasattr(self.model, new_name) else "gradient_checkpointing_enable")()
+
+    def compile_layers(self, *, backend: str = "inductor") -> None:
+        """Compile the decoder's layers with `torch.compile`, for packs of all sizes or for that of `static_tokens`.
+
+        Attention stays as it is: its loop over segments is another one for every pack.
+        """
+        from transformers import AttentionInterface
+
+        # Registered last, so that a check of the packed forward comes before.
+        AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(_packed_attention))
+        names = set(getattr(self.model, "_no_split_modules", None) or ())
+        layers = [module for module in self.model.modules() if type(module).__name__ in names]
+        if not layers:
+            raise UserError(f"--torch_compile: {type(self.model).__name__} does not name its layers; leave it off")
+        for layer in layers:
+            # None: for the first size, and once more for all others if another comes, as of a row above the budget.
+            layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
+        self.is_compiled = True
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def warn_if_weights_cannot_move(config: ModelConfig, learning_rate: float) -> None:
+    """At DPO's learning rates a plain optimizer step rounds to nothing on most bfloat16 weights; say so."""
+    if config.dtype == "bfloat16":
+        warnings.warn(
+            f"--dtype bfloat16 trains bfloat16 weights without a master copy: at learning rate {learning_rate:g} most "
+            "updates round to zero. --dtype float32 with --bf16 true keeps fp32 weights at the speed of bfloat16.",
+            stacklevel=2,
+        )

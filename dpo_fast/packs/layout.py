@@ -1,0 +1,236 @@
+"""The one layout that data, model, reference store and loss share.
+
+A group is one prompt and its k answers; a pair is a group with k = 2. A pack lays whole groups side by side,
+each prompt once:
+
+    input_ids      p p p p a a a b b | q q q c c d d d      (T,)  two groups, no padding
+    position_ids   0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 3 4 5      every answer continues from its prompt's end
+    segment        0 0 0 0 1 1 1 2 2 | 3 3 3 4 4 5 5 5      (M segments) what one attention call sees
+
+The query segments tile the pack. The keys of a prompt segment are itself; the keys of an answer segment are
+[its prompt, itself], gathered by `kv_index`, causal and aligned at the bottom right. So `cu_seqlens_q` and
+`cu_seqlens_k` differ, which is what varlen attention kernels take.
+
+The log-prob of an answer token is read from the hidden state one position earlier; for the first token of every
+answer that is the prompt's last token. `hidden_index` and `targets` list those (row, token) couples, the only rows
+that ever reach the LM head, answer by answer: `cu_answers` marks where each answer begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What is known of a row's k answers, in whatever form they are.
+
+    Attributes:
+        pairs: (chosen, rejected) indices of answers; every answer is in a pair or is the gold one.
+        scores: the answers' true scores, not finite for one without; or None.
+        gold: index of an answer that is better than all that are paired, or None.
+        weight: factor of the row's loss.
+    """
+
+    pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+    scores: tuple[float, ...] | None = None
+    gold: int | None = None
+    weight: float = 1.0
+
+    def keep(self, pairs: Sequence[tuple[int, int]]) -> tuple[list[int], Ranking]:
+        """Leave only these pairs: the answers that are still used, in order, and the ranking of those."""
+        used = sorted({i for pair in pairs for i in pair} | (set() if self.gold is None else {self.gold}))
+        place = {i: k for k, i in enumerate(used)}
+        return used, Ranking(
+            pairs=tuple((place[chosen], place[rejected]) for chosen, rejected in pairs),
+            scores=None if self.scores is None else tuple(self.scores[i] for i in used),
+            gold=None if self.gold is None else place[self.gold],
+            weight=self.weight,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its answers, as token ids.
+
+    Attributes:
+        row: index of the row in its source, counted from 0, for messages.
+        prompt_ids: (L,) int32, may be empty.
+        answers: k arrays (A_i,) int32, each with at least one token, end token included.
+        ranking: of the answers.
+    """
+
+    row: int
+    prompt_ids: np.ndarray
+    answers: tuple[np.ndarray, ...]
+    ranking: Ranking = Ranking()
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(chosen, rejected) indices into `answers`."""
+        return self.ranking.pairs
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the group takes in a pack, its prompt counted once."""
+        return len(self.prompt_ids) + sum(len(answer) for answer in self.answers)
+
+    @property
+    def num_unshared_tokens(self) -> int:
+        """Tokens that the group would take with one copy of the prompt per answer."""
+        return len(self.prompt_ids) * len(self.answers) + sum(len(answer) for answer in self.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """A pack of whole groups; see the module's diagram.
+
+    Attributes:
+        input_ids, position_ids: (T,) int64.
+        cu_seqlens_q, cu_seqlens_k: (M + 1,) int64 on the CPU; bounds of each segment's queries and keys.
+        kv_index: (K,) int64, rows of the pack that form the keys of all segments, one after another.
+        hidden_index: (N,) int64, the row whose hidden state predicts the target.
+        targets: (N,) int64 token ids.
+        cu_answers: (S + 1,) int64, bounds of each answer's targets.
+        answer_segments: S numbers of segments, the answers' own.
+        chosen, rejected: (P,) int64, indices of answers.
+        pair_rows: P source rows, for messages.
+        num_pair_tokens: scored tokens of all pairs; an answer counts in each pair that it is in.
+        weights: (P,) fp32 factors of the pairs' losses; None where all are 1.
+        score_gaps: (P,) fp32, true score of the chosen answer less that of the rejected one; None unless all have one.
+        gold: (P,) int64, index of an answer better than both; None unless all have one.
+        ref_logps: (N,) fp32 reference log-probs of the targets, or None.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    kv_index: Tensor
+    hidden_index: Tensor
+    targets: Tensor
+    cu_answers: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    pair_rows: tuple[int, ...]
+    num_pair_tokens: int
+    answer_segments: tuple[int, ...]
+    weights: Tensor | None = None
+    score_gaps: Tensor | None = None
+    gold: Tensor | None = None
+    ref_logps: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.input_ids.shape[0]
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return len(self.pair_rows)
+
+    @property
+    def answer_lengths(self) -> Tensor:
+        """(S,) int64 number of scored tokens of each answer."""
+        return self.cu_answers.diff()
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same pack with its tensors on `device`; the segment bounds stay on the CPU, where loops read them."""
+        on_host = ("cu_seqlens_q", "cu_seqlens_k")
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__dataclass_fields__
+            if isinstance(value := getattr(self, name), Tensor) and name not in on_host
+        }
+        return replace(self, **moved)
+
+
+def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | None = None) -> PackedBatch:
+    """Lay groups side by side.
+
+    Args:
+        groups: at least one.
+        ref_logps: for each group and each of its answers, fp32 log-probs of the scored tokens.
+
+    An answer whose prompt is empty has no token before its first one, so that first token is not scored.
+    """
+    assert groups, "a pack holds at least one group"
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    hidden: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    rows: list[int] = []
+    weights: list[float] = []
+    gaps: list[float] = []
+    gold: list[int] = []
+    answer_segments: list[int] = []
+    start = num_answers = 0
+    for group in groups:
+        prompt_len = len(group.prompt_ids)
+        prompt = np.arange(start, start + prompt_len)
+        if prompt_len:
+            ids.append(group.prompt_ids)
+            positions.append(np.arange(prompt_len))
+            keys.append(prompt)
+        for pair in group.pairs:
+            chosen.append(num_answers + pair[0])
+            rejected.append(num_answers + pair[1])
+            rows.append(group.row)
+            weights.append(group.ranking.weight)
+            if group.ranking.scores is not None:
+                gaps.append(group.ranking.scores[pair[0]] - group.ranking.scores[pair[1]])
+            if group.ranking.gold is not None:
+                gold.append(num_answers + group.ranking.gold)
+        start += prompt_len
+        for answer in group.answers:
+            own = np.arange(start, start + len(answer))
+            answer_segments.append(len(ids))
+            ids.append(answer)
+            positions.append(np.arange(prompt_len, prompt_len + len(answer)))
+            keys.append(np.concatenate([prompt, own]))
+            before = prompt[-1:]  # empty where the prompt is
+            hidden.append(np.concatenate([before, own[:-1]]))
+            targets.append(answer[len(answer) - len(hidden[-1]) :])
+            start += len(answer)
+        num_answers += len(group.answers)
+    flat_ref = None
+    if ref_logps is not None:
+        flat_ref = torch.from_numpy(np.concatenate([a for group in ref_logps for a in group]).astype(np.float32))
+        assert len(flat_ref) == sum(map(len, targets)), "one reference log-prob per scored token"
+    return PackedBatch(
+        input_ids=_join(ids),
+        position_ids=_join(positions),
+        cu_seqlens_q=_bounds(ids),
+        cu_seqlens_k=_bounds(keys),
+        kv_index=_join(keys),
+        hidden_index=_join(hidden),
+        targets=_join(targets),
+        cu_answers=_bounds(targets),
+        chosen=torch.tensor(chosen, dtype=torch.int64),
+        rejected=torch.tensor(rejected, dtype=torch.int64),
+        pair_rows=tuple(rows),
+        num_pair_tokens=sum(len(targets[answer]) for answer in chosen + rejected),
+        answer_segments=tuple(answer_segments),
+        weights=torch.tensor(weights) if set(weights) - {1.0} else None,
+        score_gaps=torch.tensor(gaps) if len(gaps) == len(rows) else None,
+        gold=torch.tensor(gold, dtype=torch.int64) if len(gold) == len(rows) else None,
+        ref_logps=flat_ref,
+    )
+
+
+def _join(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+
+def _bounds(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *map(len, arrays)], dtype=np.int64))

@@ -1,0 +1,223 @@
+"""The reference store: per-token log-probs of a frozen model, kept by content.
+
+The key of an answer is a hash of the model's fingerprint (weights, names, shapes, dtypes, configuration, adapter,
+numerics), the prompt's tokens and the answer's tokens. So a new learning rate, loss, order or folder finds every row,
+and a new model, template or truncation finds none. Values are fp32, one per scored token, so that losses which
+normalise by length or weigh tokens read the same store.
+
+SQLite in WAL mode: atomic, safe against kill -9, several processes at once, no server. docs/reference_store.md has the
+file's layout and what was measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import xxhash
+from torch import Tensor
+
+from dpo_fast.errors import UserError
+from dpo_fast.packs.layout import Group, PackedBatch, pack
+from dpo_fast.reference.store import ReferenceStore
+
+AnswerLogps = tuple[np.ndarray, ...]
+
+
+Score = Callable[[PackedBatch], Tensor]
+
+
+@dataclass
+class ScoreStats:
+    """What a `Reference.fill` did: groups and packs scored, their tokens, the seconds that it took."""
+
+    groups: int = 0
+    packs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Reference:
+    """The scores of one model in a store."""
+
+    def __init__(self, store: ReferenceStore, fingerprint: str) -> None:
+        """Take an open store and the `model_fingerprint` of the reference."""
+        self._store = store
+        self._fingerprint = fingerprint.encode()
+
+    def missing(self, groups: Sequence[Group]) -> list[int]:
+        """Indices of the groups that have an answer without scores, or with another number of them."""
+        return [i for i, answers in enumerate(self._find(groups)) if answers is None]
+
+    def lookup(self, groups: Sequence[Group]) -> list[AnswerLogps]:
+        """For each group its answers' (A_i,) fp32 log-probs, in the form that `pack(ref_logps=...)` takes.
+
+        Raises:
+            UserError: a group is not in the store (zeros are never made up), or its scores are damaged.
+        """
+        found = self._find(groups)
+        absent = [group.row for group, answers in zip(groups, found, strict=True) if answers is None]
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise UserError(
+                f"no reference scores for row {absent[0]}{more} in {self._store.path}: score the data first"
+            )
+        whole = [answers for answers in found if answers is not None]
+        for group, answers in zip(groups, whole, strict=True):
+            if not all(np.isfinite(logps).all() for logps in answers):
+                raise UserError(
+                    f"the stored reference scores of row {group.row} are not finite: {self._store.path} is damaged. "
+                    "Remove it (the scores are made anew), or name another file with --reference_store"
+                )
+        return whole
+
+    def fill(
+        self,
+        groups: Sequence[Group],
+        score: Score,
+        *,
+        packs: Sequence[Sequence[int]] | None = None,
+        max_tokens: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> ScoreStats:
+        """Score the groups that are missing, and commit each pack as soon as it is scored.
+
+        Args:
+            groups: all groups.
+            score: (N,) log-probs of a pack's targets, in their order.
+            packs: lists of indices into `groups`; others are not scored. A pack that is missing whole is scored as it
+                is given, so that its numbers are bitwise those that the same pack gives in training.
+            max_tokens: budget of the packs that all other missing groups are laid into; by default that of the
+                largest of `packs`.
+            progress: called after each pack with the number of its groups; they add up to what was missing.
+
+        Raises:
+            UserError: a score is not finite; nothing of its pack was stored.
+        """
+        stats, start = ScoreStats(), time.perf_counter()
+        for packed in self._plan(groups, packs, max_tokens):
+            members = [groups[i] for i in packed]
+            # Another process may have scored them since the plan was made.
+            if self.missing(members):
+                self._store.put(self._score(members, score))
+                stats.groups += len(members)
+                stats.packs += 1
+                stats.tokens += sum(group.num_tokens for group in members)
+            if progress:
+                progress(len(members))
+        stats.seconds = time.perf_counter() - start
+        return stats
+
+    def _plan(
+        self, groups: Sequence[Group], packs: Sequence[Sequence[int]] | None, max_tokens: int | None
+    ) -> list[list[int]]:
+        from dpo_fast.packs.bins import best_fit_decreasing
+
+        assert packs is not None or max_tokens is not None, "without packs, their size must be given"
+        if packs is None:
+            packs = [range(len(groups))]
+            fixed: list[list[int]] = []
+            missing = set(self.missing(groups))
+        else:
+            wanted = [i for packed in packs for i in packed]
+            missing = {wanted[i] for i in self.missing([groups[i] for i in wanted])}
+            fixed = [list(packed) for packed in packs if packed and missing.issuperset(packed)]
+        rest = sorted(missing.difference(*fixed))
+        if max_tokens is None:
+            max_tokens = max((sum(groups[i].num_tokens for i in packed) for packed in packs), default=0)
+        bins = best_fit_decreasing([groups[i].num_tokens for i in rest], max_tokens)
+        return fixed + [[rest[i] for i in packed] for packed in bins]
+
+    def _score(self, groups: Sequence[Group], score: Score) -> dict[bytes, np.ndarray]:
+        items = {}
+        for group, answers in zip(groups, score_groups(groups, score), strict=True):
+            for number, (answer, logps) in enumerate(zip(group.answers, answers, strict=True)):
+                if not np.isfinite(logps).all():
+                    place = int(np.flatnonzero(~np.isfinite(logps))[0])
+                    raise UserError(
+                        f"row {group.row}, answer {number}: the reference's log-prob of scored token {place} is "
+                        f"{logps[place]}, expected a finite number. Nothing was stored for its pack. Check the model's "
+                        "weights and dtype, or leave the row out"
+                    )
+                items[self._key(group, answer)] = logps
+        return items
+
+    def verify(
+        self, groups: Sequence[Group], score: Score, *, tolerance: float, sample: int = 3, seed: int = 0
+    ) -> None:
+        """Score a few stored groups again and compare.
+
+        Args:
+            groups: candidates; those without scores are passed over.
+            score: as for `fill`.
+            tolerance: nats that a token may differ by; packs differ by rounding.
+            sample: groups that are looked at.
+            seed: of the choice.
+
+        Raises:
+            UserError: they differ; the message has the row, both values and the cure.
+        """
+        order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+        for i in self._stored(groups, order, sample):
+            group = groups[i]
+            (stored,), (again,) = self.lookup([group]), score_groups([group], score)
+            for number, (old, new) in enumerate(zip(stored, again, strict=True)):
+                differing = np.flatnonzero(~(np.abs(old - new) <= tolerance))
+                if len(differing):
+                    place = int(differing[0])
+                    raise UserError(
+                        f"the stored reference scores of row {group.row} are not the model's: answer {number}, scored "
+                        f"token {place} has {old[place]:.6g} in {self._store.path}, the model gives {new[place]:.6g} "
+                        f"(expected to agree to {tolerance:g} nats). The file is damaged or was written by other "
+                        "software: remove it (the scores are made anew), or name another file with --reference_store"
+                    )
+
+    def _stored(self, groups: Sequence[Group], order: Sequence[int], count: int) -> list[int]:
+        """The first `count` of `order` that are in the store, found without reading the whole store."""
+        found: list[int] = []
+        for start in range(0, len(order), 64):
+            if len(found) >= count:
+                break
+            part = order[start : start + 64]
+            absent = set(self.missing([groups[i] for i in part]))
+            found += [i for place, i in enumerate(part) if place not in absent]
+        return found[:count]
+
+    def _find(self, groups: Sequence[Group]) -> list[AnswerLogps | None]:
+        keys = [[self._key(group, answer) for answer in group.answers] for group in groups]
+        found = self._store.get([key for answers in keys for key in answers])
+        result: list[AnswerLogps | None] = []
+        for group, group_keys in zip(groups, keys, strict=True):
+            answers = tuple(
+                logps
+                for key, answer in zip(group_keys, group.answers, strict=True)
+                if (logps := found.get(key)) is not None and len(logps) == num_scored(group, answer)
+            )
+            result.append(answers if len(answers) == len(group.answers) else None)
+        return result
+
+    def _key(self, group: Group, answer: np.ndarray) -> bytes:
+        digest = xxhash.xxh3_128(self._fingerprint)
+        # The prompt's length separates it from the answer.
+        digest.update(len(group.prompt_ids).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(group.prompt_ids, dtype="<i4").tobytes())
+        digest.update(np.ascontiguousarray(answer, dtype="<i4").tobytes())
+        return digest.digest()
+
+
+def num_scored(group: Group, answer: np.ndarray) -> int:
+    """Tokens of an answer that have a log-prob: all, but for the first one where there is no prompt before it."""
+    return len(answer) - (len(group.prompt_ids) == 0)
+
+
+def score_groups(groups: Sequence[Group], score: Score) -> list[AnswerLogps]:
+    """Score one pack and cut its (N,) log-probs into answers."""
+    batch = pack(groups)
+    logps = score(batch).detach().float().cpu().numpy()
+    assert logps.shape == tuple(batch.targets.shape), "one log-prob per target"
+    parts = np.split(logps, batch.cu_answers[1:-1].numpy())
+    bounds = np.cumsum([0, *(len(group.answers) for group in groups)])
+    return [tuple(parts[a:b]) for a, b in pairwise(bounds)]

@@ -1,0 +1,86 @@
+"""What stops a run that must not go on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dpo_fast.config import DPOConfig
+from dpo_fast.errors import TrainingError
+from dpo_fast.losses.objective import loss_at_reference, slope_at_reference
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import Group
+
+if TYPE_CHECKING:
+    pass
+
+
+logger = logging.getLogger("dpo_fast")
+
+
+def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPOConfig, policy: Policy) -> None:
+    """At step 0 the policy is the reference: margins are 0 and the sigmoid loss is ln 2.
+
+    Scored in the same packs the two agree bit for bit. Log-probs found in the store may have been scored in other
+    packs and differ by rounding, at most `noise` nats an answer; anything above means stale or foreign scores.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    longest = max(len(answer) for group in groups for answer in group.answers)
+    weighted = config.use_weighting or config.weight_column is not None
+    known = None if weighted else loss_at_reference(config)
+    expected = metrics["loss"] if known is None else known
+    noise = (1e-5 if policy.compute_dtype is torch.float32 else 5e-2) * math.sqrt(longest)
+    slope = slope_at_reference(config)
+    loss_error = abs(metrics["loss"] - expected)
+    margin_error = abs(metrics["rewards/margins"])
+    if not (loss_error <= 1e-6 + slope * config.beta * noise and margin_error <= config.beta * noise):
+        raise TrainingError(
+            f"step 0 is not at the reference: loss {metrics['loss']:.7f} (expected {expected:.7f}), margin "
+            f"{metrics['rewards/margins']:.2e} (expected 0). The stored reference log-probs belong to other weights or "
+            "rows, or the model's forward is not deterministic. Nothing was trained. If --model was changed in place, "
+            "remove the file that --reference_store names and run again"
+        )
+
+
+class FiniteWatch:
+    """Collects flags on the device and reads them only when asked, so that a step need not wait for them."""
+
+    def __init__(self) -> None:
+        self._flags: list[tuple[int, Sequence[int], Tensor]] = []
+
+    def add(self, step: int, rows: Sequence[int], finite: Tensor) -> None:
+        """`finite`: one flag per row, or one for all of them (the gradient)."""
+        self._flags.append((step, rows, finite))
+
+    @property
+    def all_finite(self) -> Tensor:
+        """Scalar bool on the device, of the flags that were not checked yet; there is one at least."""
+        return torch.stack([finite.all() for _, _, finite in self._flags]).all()
+
+    def check(self, *, all_finite: bool | None = None) -> None:
+        """Raise a TrainingError that names the first bad step and its rows.
+
+        Args:
+            all_finite: the property's value, where it was brought to the host already; else it is read now.
+        """
+        if not self._flags:
+            return
+        good = bool(self.all_finite) if all_finite is None else all_finite
+        flags, self._flags = self._flags, []
+        for step, rows, finite in () if good else flags:
+            if bool(finite.all()):
+                continue
+            what = "gradient" if finite.ndim == 0 else "loss"
+            bad = list(rows) if finite.ndim == 0 else [r for r, ok in zip(rows, finite.tolist(), strict=True) if not ok]
+            raise TrainingError(
+                f"the {what} of step {step} is not finite (data rows, from 0: {', '.join(map(str, bad))}). Nothing was "
+                "saved after it; look at these rows, lower --learning_rate, or go on from the last checkpoint with "
+                "--resume auto"
+            )
