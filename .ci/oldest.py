@@ -8,7 +8,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-EXTRAS = ("test", "bench", "gguf", "peft", "trl")
+EXTRAS = ("test", "bench", "by-hand", "gguf", "peft", "trl")
 
 
 def lower_bounds(project: dict) -> dict[str, str]:

@@ -16,9 +16,9 @@ from rich.progress import (
 )
 
 
-def say(console: Console, text: str) -> None:
+def say(console: Console, text: str, *, style: str | None = None) -> None:
     """Print a line as it is: names, answers and reasons are full of brackets, which rich would read as markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
@@ -56,7 +56,7 @@ class ProgressLine:
         text = format_metrics(metrics)
         self._progress.update(self._task, figures=text)
         if not self._progress.console.is_terminal:
-            self._progress.console.print(f"{label}  {text}", highlight=False, soft_wrap=True)
+            say(self._progress.console, f"{label}  {text}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ FOLDERS = re.findall(r"^    (\w+)/", (ROOT / "ARCHITECTURE.md").read_text(), re.
 
 
 def rank(module):
-    """The place of `dpo_fast.<module>` in the list; files beside the folders come after the kernels, the command last."""
+    """The place of `dpo_fast.<module>` in the list; files beside folders come after the kernels, the command last."""
     top = module.split(".")[0]
     if top in FOLDERS:
         return FOLDERS.index(top)

@@ -571,3 +571,17 @@ def test_a_kill_loses_nothing_and_an_interrupt_writes_the_result(tmp_path):
         assert process.wait(timeout=30) == 0
     assert not partial.exists()
     assert all(len(row["comparisons"]) == 1 for row in read(out))
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"), [(("starlette", "uvicorn"), "starlette and uvicorn"), (("uvicorn",), "uvicorn")]
+)
+def test_without_its_extra_the_page_says_what_to_install(missing, named, monkeypatch, tmp_path):
+    from dpo_fast.curate.by_hand import run
+
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name in missing else name)
+    settings = {"data": str(tmp_path / "none.jsonl"), "out": str(tmp_path / "out.jsonl")}
+    with pytest.raises(UserError, match=rf"needs {named} .*pip install 'dpo-fast\[by-hand\]'.*--terminal"):
+        run.run_by_hand(LabelConfig(**settings, by_hand=True))
+    with pytest.raises(UserError, match="no such file"):
+        run.run_by_hand(LabelConfig(**settings, terminal=True))

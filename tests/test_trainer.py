@@ -386,3 +386,10 @@ def test_a_folder_with_a_run_is_not_overwritten(config):
 def test_bf16_weights_without_a_master_warn(config):
     with pytest.warns(UserWarning, match="most updates round to zero"):
         train(config(dtype="bfloat16", max_steps=1), console=QUIET)
+
+
+def test_a_folder_named_like_markup_is_printed_as_it_is(config, tmp_path):
+    console = Console(file=io.StringIO(), width=300)
+    folder = tmp_path / "a[b]" / "[" / "c]"
+    train(config(max_steps=1, output_dir=str(folder), reference_store=str(tmp_path / "[/s].sqlite")), console=console)
+    assert f"trained model: {folder}/final" in console.file.getvalue()

@@ -16,8 +16,9 @@ from dpo_fast.losses.objective import REFERENCE_FREE
 from dpo_fast.model.attention import use_packed_attention
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import pack
+from dpo_fast.reference.moving import MovingReference
 from dpo_fast.training.run import train
-from dpo_fast.training.step import MovingReference, RewardShift
+from dpo_fast.training.step import RewardShift
 
 QUIET = Console(quiet=True)
 

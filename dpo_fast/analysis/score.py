@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from dpo_fast.config import ScoreConfig
+from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
@@ -33,7 +34,7 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
         raise UserError("no output given: pass --out with the .jsonl file to write")
     tokenizer = load_tokenizer(config.model, config.chat_template)
     groups, report = load_groups(config, tokenizer)
-    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    say(console, report.render())
     max_tokens = token_budget(config, groups, pairs=8)
     packs = best_fit_decreasing([group.num_tokens for group in groups], max_tokens)
     scores, _ = reference_logps(config, config.model, groups, packs=packs, console=console)
@@ -44,7 +45,7 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
     ]
     out = Path(config.out)
     write_file_atomically(out, "\n".join(lines) + "\n")
-    console.print(f"{len(lines)} pairs: {out}", highlight=False, soft_wrap=True)
+    say(console, f"{len(lines)} pairs: {out}")
     return out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dpo_fast.config import ModelConfig
-from dpo_fast.console import progress_line
+from dpo_fast.console import progress_line, say
 from dpo_fast.kernels.autotune import cache_dir
 from dpo_fast.model.check import check_packed_forward
 from dpo_fast.model.policy import Policy
@@ -65,12 +65,8 @@ def fill_reference(
     reference.verify(wanted, policy.score, tolerance=policy.noise)
     missing = reference.missing(wanted)
     if not missing:
-        console.print(f"reference: {len(wanted)} groups, all in the store", highlight=False, soft_wrap=True)
+        say(console, f"reference: {len(wanted)} groups, all in the store")
         return
     with progress_line(console, "reference", len(missing)) as line:
         reference.fill(groups, policy.score, packs=packs, progress=line.advance)
-    console.print(
-        f"reference: {len(missing)} of {len(wanted)} groups scored, the rest in the store",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"reference: {len(missing)} of {len(wanted)} groups scored, the rest in the store")

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.console import ProgressLine, progress_line
+from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically, write_folder_atomically
 from dpo_fast.kernels import autotune
@@ -25,12 +25,13 @@ from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.bins import StepSampler
 from dpo_fast.packs.layout import Group, PackedBatch, pack
+from dpo_fast.reference.moving import MovingReference
 from dpo_fast.reference.scores import AnswerLogps
 from dpo_fast.training.checkpoint import save_checkpoint, save_state
 from dpo_fast.training.guards import FiniteWatch, check_first_step
 from dpo_fast.training.metrics import METRICS_FILE, MetricsFile, PairAverage, Window, peak_memory_gib, read_metrics
 from dpo_fast.training.optimizers import make_optimizer, make_schedule
-from dpo_fast.training.step import MovingReference, RewardShift, backward, loss_and_metrics
+from dpo_fast.training.step import RewardShift, backward, loss_and_metrics
 from dpo_fast.training.warning_signs import WarningSigns
 
 if TYPE_CHECKING:
@@ -131,12 +132,10 @@ class Trainer:
         if self.step < self.num_steps:
             # A signal may come at any moment, so whether this step was saved is known here and not before.
             self.save()
-            self.console.print(
-                f"stopped by a signal after step {self.step}; go on with --resume auto", highlight=False, soft_wrap=True
-            )
+            say(self.console, f"stopped by a signal after step {self.step}; go on with --resume auto")
         else:
             model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_model)
-            self.console.print(f"trained model: {model_dir}", highlight=False, soft_wrap=True)
+            say(self.console, f"trained model: {model_dir}")
         return TrainResult(model_dir, read_metrics(metrics_path), self.step)
 
     def train_step(self) -> Tensor:
@@ -209,7 +208,7 @@ class Trainer:
         self.log(row | {"warnings": warnings} if warnings else row)
         for text in warnings:
             line = f"warning (step {self.step}): {text}"
-            self.console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            say(self.console, line, style="yellow")
 
     def log(self, row: dict[str, Any]) -> None:
         """Write a row of metrics and show it."""

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from dpo_fast.config import DPOConfig
+from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.losses.objective import needs_reference
@@ -29,10 +30,10 @@ from dpo_fast.packs.bins import StepSampler, best_fit_decreasing
 from dpo_fast.packs.budget import token_budget
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
+from dpo_fast.reference.moving import MovingReference
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.metrics import METRICS_FILE
 from dpo_fast.training.settings import check_config, check_scores, refuse_to_overwrite
-from dpo_fast.training.step import MovingReference
 from dpo_fast.training.warning_signs import WarningSigns
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     trainer.signs = WarningSigns.of_run(config, groups, trainer.train_set.references, resumed=state is not None)
     if state:
         trainer.load_state_dict(state)
-        console.print(f"resumed from {checkpoint} at step {trainer.step}", highlight=False, soft_wrap=True)
+        say(console, f"resumed from {checkpoint} at step {trainer.step}")
     start_output(config, output_dir, trainer.step)
     return trainer.run()
 
@@ -125,11 +126,11 @@ def load_splits(
 ) -> tuple[list[Group], list[Group]]:
     """Groups to train on and groups to evaluate on; a prompt is never on both sides of `eval_split`."""
     groups, report = load_groups(config, tokenizer)
-    console.print(report.render(), highlight=False, markup=False, soft_wrap=True)
+    say(console, report.render())
     if config.eval_data:
         eval_config = DPOConfig(**asdict(config) | {"data": config.eval_data, "max_rows": None})
         eval_groups, eval_report = load_groups(eval_config, tokenizer)
-        console.print(eval_report.render(), highlight=False, markup=False, soft_wrap=True)
+        say(console, eval_report.render())
         return groups, eval_groups
     prompts = {group.prompt_ids.tobytes(): i for i, group in enumerate(groups)}
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -159,7 +160,7 @@ def print_plan(
         f"{num_steps} steps of {rows_per_step} rows, packs of up to {max_tokens} tokens",
         f"prompt sharing: {unshared / shared:.2f}x fewer tokens",
     )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    say(console, "\n".join(lines))
 
 
 def start_output(config: DPOConfig, output_dir: Path, step: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dpo_fast.config import LossConfig
@@ -75,31 +74,3 @@ class RewardShift:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._sum, self._num_pairs = state["sum"], state["num_pairs"]
-
-
-class MovingReference:
-    """A reference that follows the policy, as a second model.
-
-    TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), eq. 7: every `sync_steps` optimizer steps,
-    ref <- alpha policy + (1 - alpha) ref. Scores cached before a move would belong to another model, so each pack is
-    scored when it is needed.
-    """
-
-    def __init__(self, reference: Policy, *, sync_steps: int, alpha: float) -> None:
-        """Take a policy of its own that nothing else trains."""
-        self.reference = reference
-        self.reference.model.requires_grad_(False)
-        self._sync_steps = sync_steps
-        self._alpha = alpha
-
-    def score(self, batch: PackedBatch) -> PackedBatch:
-        """The pack with the present reference's log-probs."""
-        return replace(batch, ref_logps=self.reference.score(batch))
-
-    @torch.no_grad()
-    def after_step(self, step: int, policy: Policy) -> None:
-        """Move if the optimizer step `step`, counted from 1, is one to move after."""
-        if step % self._sync_steps:
-            return
-        own = list(self.reference.model.parameters())
-        torch._foreach_lerp_(own, list(policy.model.parameters()), self._alpha)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import xxhash
@@ -35,6 +36,12 @@ def run_by_hand(config: LabelConfig, *, console: Console | None = None) -> Path:
         UserError: a mistake in the settings or the data.
     """
     console = console or Console()
+    missing = [package for package in ("starlette", "uvicorn") if find_spec(package) is None]
+    if missing and not config.terminal:
+        raise UserError(
+            f"--by-hand needs {' and '.join(missing)} for its page: pip install 'dpo-fast[by-hand]', or judge in the "
+            "terminal by --terminal"
+        )
     if not 0 <= config.repeat_share <= 1:
         raise UserError(f"--repeat_share {config.repeat_share}: expected a share, from 0 to 1")
     partial = Path(config.out + ".partial")

@@ -1,0 +1,38 @@
+"""A reference that follows the policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dpo_fast.model.policy import Policy
+from dpo_fast.packs.layout import PackedBatch
+
+
+class MovingReference:
+    """A reference that follows the policy, as a second model.
+
+    TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), eq. 7: every `sync_steps` optimizer steps,
+    ref <- alpha policy + (1 - alpha) ref. Scores cached before a move would belong to another model, so each pack is
+    scored when it is needed.
+    """
+
+    def __init__(self, reference: Policy, *, sync_steps: int, alpha: float) -> None:
+        """Take a policy of its own that nothing else trains."""
+        self.reference = reference
+        self.reference.model.requires_grad_(False)
+        self._sync_steps = sync_steps
+        self._alpha = alpha
+
+    def score(self, batch: PackedBatch) -> PackedBatch:
+        """The pack with the present reference's log-probs."""
+        return replace(batch, ref_logps=self.reference.score(batch))
+
+    @torch.no_grad()
+    def after_step(self, step: int, policy: Policy) -> None:
+        """Move if the optimizer step `step`, counted from 1, is one to move after."""
+        if step % self._sync_steps:
+            return
+        own = list(self.reference.model.parameters())
+        torch._foreach_lerp_(own, list(policy.model.parameters()), self._alpha)
