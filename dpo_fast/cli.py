@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = make_parser().parse_args(normalize(list(sys.argv[1:] if argv is None else argv)))
+    words = normalize(list(sys.argv[1:] if argv is None else argv))
+    arguments = make_parser(wants_help=not {"-h", "--help"}.isdisjoint(words)).parse_args(words)
     name = arguments.subcommand
     settings = arguments[name].as_dict()
     settings.pop("config", None)
@@ -196,8 +197,11 @@ def _plain_words(message: str) -> str:
     return f"--{field[1]} {given[1]}: expected {expected}"
 
 
-def make_parser() -> Parser:
-    """The parser of all commands; options are the fields of each command's settings."""
+def make_parser(*, wants_help: bool = False) -> Parser:
+    """The parser of all commands; options are the fields of each command's settings.
+
+    Only help names every loss, since that takes importing them, and with them PyTorch.
+    """
     from importlib.metadata import version
 
     parser = Parser(
@@ -210,6 +214,11 @@ def make_parser() -> Parser:
         subparser = Parser(prog=f"dpo-fast {name}", usage=usage, description=command.help, allow_abbrev=False)
         subparser.add_argument("--config", action="config", help="YAML file with any of these settings")
         subparser.add_class_arguments(command.config)
+        for action in subparser._actions if wants_help else ():
+            if action.dest == "loss_type":
+                from dpo_fast.losses import LOSSES
+
+                action.help = f"{action.help} Losses: {', '.join(sorted(LOSSES))}"
         subcommands.add_subcommand(name, subparser, help=command.help)
     return parser
 

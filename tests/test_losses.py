@@ -1,7 +1,9 @@
 """Losses against hand-written fp64 formulas, and against TRL's and Liger's own code where they have the same loss."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,15 +12,13 @@ from trl_oracle import TRL_LOSSES, trl_token_loss
 
 from dpo_fast.config import LossConfig
 from dpo_fast.errors import UserError
-from dpo_fast.losses.formulas import LOSSES
+from dpo_fast.losses import LOSSES, facts
+from dpo_fast.losses.facts import names_with
 from dpo_fast.losses.objective import (
-    OF_DIVERGENCE,
-    OF_SCORES,
-    REFERENCE_FREE,
-    SORTING,
     loss_at_reference,
     needs_reference,
     preference_loss,
+    slope_at_reference,
 )
 from dpo_fast.losses.pairs import PairLogps
 
@@ -44,7 +44,7 @@ WITH_DIVERGENCES = [
     (name, divergence)
     for name in sorted(LOSSES)
     for divergence in DIVERGENCES
-    if divergence == "reverse_kl" or name in OF_DIVERGENCE
+    if divergence == "reverse_kl" or name in names_with("takes_divergence")
 ]
 
 
@@ -333,12 +333,12 @@ def test_loss_at_the_reference_is_known(pairs):
     at_reference = pairs.at_reference()
     assert torch.equal(at_reference.margin, torch.zeros(PAIRS))
     assert loss_at_reference(LossConfig()) == pytest.approx(math.log(2), abs=1e-7)
-    for name in set(LOSSES) - REFERENCE_FREE - OF_SCORES:
+    for name in names_with("is_known_at_reference"):
         config = LossConfig(loss_type=name, label_smoothing=0.1)
         at_reference = replace(at_reference, reward_shift=None)
         got = preference_loss(at_reference, config)
         torch.testing.assert_close(got, torch.full((PAIRS,), loss_at_reference(config)))
-    for name in REFERENCE_FREE | OF_SCORES:
+    for name in set(LOSSES) - names_with("is_known_at_reference"):
         assert loss_at_reference(LossConfig(loss_type=["sigmoid", name])) is None
 
 
@@ -356,7 +356,7 @@ def test_which_losses_depend_on_the_others_of_a_batch(pairs):
     for name in LOSSES:
         config = LossConfig(loss_type=name, label_smoothing=0.1)
         alone = torch.cat([preference_loss(rows_of(pairs, slice(i, i + 1)), config) for i in range(PAIRS)])
-        assert torch.equal(alone, preference_loss(pairs, config)) is (name not in SORTING | {"kto", "sft_tokens"}), name
+        assert torch.equal(alone, preference_loss(pairs, config)) is (name not in names_with("compares_pairs")), name
 
 
 def test_gradient_of_sigmoid_is_the_papers_weight(pairs):
@@ -392,3 +392,38 @@ def test_orpo_at_both_ends_of_probability():
     torch.testing.assert_close(
         preference_loss(pairs, LossConfig(loss_type="orpo")).double(), want, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.fixture
+def invented():
+    """A loss that is new, by nothing but its definition."""
+    before = dict(LOSSES), dict(facts.FACTS)
+
+    @facts.loss(facts.Facts(compares_pairs=True, sorts_pairs=True, takes_divergence=True, slope=lambda config: 7.0))
+    def invented(pairs, config):
+        return (1 - config.beta * pairs.margin.sort().values) ** 2
+
+    yield invented
+    for mine, theirs in zip((LOSSES, facts.FACTS), before, strict=True):
+        mine.clear()
+        mine.update(theirs)
+
+
+def test_a_new_loss_is_known_everywhere_by_its_definition(invented, pairs, capsys):
+    from dpo_fast.cli import main
+
+    config = LossConfig(loss_type="invented", f_divergence_type="js_divergence")
+    assert torch.equal(preference_loss(pairs, config), invented(pairs, config))
+    assert loss_at_reference(config) == 1
+    assert slope_at_reference(config) == 7
+    with pytest.raises(UserError, match="invented sorts the pairs"):
+        preference_loss(pairs, replace(config, use_weighting=True))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert ", invented, ipo" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_loss_is_in_the_docs():
+    text = (Path(__file__).resolve().parent.parent / "docs" / "losses.md").read_text()
+    listed = {name for row in re.findall(r"^\|([^|]*)\|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert listed >= LOSSES.keys()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
-from dpo_fast.losses.formulas import LOSSES
-from dpo_fast.losses.objective import REFERENCE_FREE
+from dpo_fast.losses import LOSSES
+from dpo_fast.losses.facts import FACTS
 from dpo_fast.model.attention import use_packed_attention
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import pack
@@ -82,7 +82,7 @@ def test_every_loss_trains(name, config, tmp_path):
     assert np.isfinite(losses(result)).all()
     assert np.isfinite([row["eval_loss"] for row in result.metrics if "eval_loss" in row]).all()
     # Where no loss compares with a reference, none is scored.
-    assert (tmp_path / "reference.sqlite").exists() is (name not in REFERENCE_FREE)
+    assert (tmp_path / "reference.sqlite").exists() is FACTS[name].needs_reference
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from trl.trainer.utils import use_adapter
 from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures, num_unshared_tokens
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
 from dpo_fast.kernels.autotune import cache_dir
-from dpo_fast.losses.objective import OF_BATCH, loss_names
+from dpo_fast.losses.objective import any_loss
 from dpo_fast.model.attention import use_own_attention, use_packed_attention
 from dpo_fast.model.check import attention_windows, check_packed_forward
 from dpo_fast.model.policy import Policy, Scored
@@ -170,7 +170,7 @@ class DPOTrainer(TRLTrainer):
         """Transformers', with the rows of a step dealt to the processes so that their packs cost alike."""
         loader: Any = super().get_train_dataloader()
         state, args = self.accelerator, self.args
-        as_trl_cuts_it = OF_BATCH.intersection(loss_names(self.loss_config)) or self.aux_loss_enabled
+        as_trl_cuts_it = any_loss(self.loss_config, lambda facts: facts.compares_pairs) or self.aux_loss_enabled
         sampler = get_sampler(loader)
         if state.num_processes == 1 or as_trl_cuts_it or state.split_batches or sampler is None:
             return loader

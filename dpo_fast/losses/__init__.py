@@ -1,11 +1,13 @@
 """Preference losses, each written once.
 
 pairs       what a loss reads of a pair
-formulas    every loss, a pure function of pairs: `LOSSES`
+facts       what is known of a loss beside its formula; `LOSSES`, by name
+formulas    every loss, a pure function of pairs
 objective   what a run minimises: one loss, a weighted list, or one of your own
 from_packs  sums over the answers of a pack, pair by pair
 """
 
-from dpo_fast.losses.formulas import LOSSES
+import dpo_fast.losses.formulas  # noqa: F401  its functions enter themselves
+from dpo_fast.losses.facts import LOSSES
 
 __all__ = ["LOSSES"]

@@ -1,15 +1,14 @@
-"""Every preference loss: small pure functions of fp32 sequence log-probs, in one dict.
+"""Every preference loss: small pure functions of fp32 sequence log-probs.
 
 Each takes `PairLogps` and `LossConfig` and returns one loss per pair, (P,) fp32, not yet averaged; the notation is that
-of `pairs.py`. A loss needs a pair and its reference scores unless its docstring says more: "lengths", "no reference",
-"batch" (it compares the pairs of a pack), "scores" or "a gold answer" (of the rows). `objective.py` adds up those that
-a configuration names. Labels and names are TRL's; docs/losses.md has the table.
+of `pairs.py`. A new one needs nothing but a function here, under `@loss(Facts(...))` with what is not as usual of it,
+and its row in docs/losses.md: help, checks, warnings and step 0 know it by that. `objective.py` adds up those that a
+configuration names. Labels and names are TRL's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,28 @@ from torch import Tensor
 
 from dpo_fast.config import LossConfig
 from dpo_fast.errors import UserError
+from dpo_fast.losses.facts import Facts, loss
 from dpo_fast.losses.pairs import PairLogps, margin, mean_margin
 
-Loss = Callable[[PairLogps, LossConfig], Tensor]
+
+def _slope_of_square(config: LossConfig) -> float:
+    """The square of a distance of 1 / (2 beta)."""
+    return 1 / config.beta**2
 
 
+def _needs_smoothing_below_half(config: LossConfig) -> str | None:
+    if 0 <= config.label_smoothing < 0.5:
+        return None
+    return f"--label_smoothing {config.label_smoothing}: the robust loss needs a value in [0, 0.5)"
+
+
+def _needs_smoothing(config: LossConfig) -> str | None:
+    if 0 < config.label_smoothing < 1:
+        return None
+    return f"--label_smoothing {config.label_smoothing}: exo_pair needs a value in (0, 1), such as 0.001"
+
+
+@loss(Facts(takes_divergence=True))
 def sigmoid(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ). DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. No label smoothing: see `cdpo`."""
     return -F.logsigmoid(config.beta * margin(pairs, config))
@@ -32,6 +48,7 @@ def _smoothed(logits: Tensor, config: LossConfig) -> Tensor:
     return -(1 - config.label_smoothing) * F.logsigmoid(logits) - config.label_smoothing * F.logsigmoid(-logits)
 
 
+@loss(Facts(takes_divergence=True))
 def cdpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-(1 - ε) log sigmoid(beta Δ) - ε log sigmoid(-beta Δ), ε = `label_smoothing`.
 
@@ -40,6 +57,7 @@ def cdpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * margin(pairs, config), config)
 
 
+@loss(Facts(takes_divergence=True, fault=_needs_smoothing_below_half))
 def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
     """[-(1 - ε) log sigmoid(beta Δ) + ε log sigmoid(-beta Δ)] / (1 - 2ε), ε = `label_smoothing` below 1/2.
 
@@ -50,11 +68,13 @@ def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
     return noisy / (1 - 2 * smoothing)
 
 
+@loss(Facts(takes_divergence=True))
 def hinge(pairs: PairLogps, config: LossConfig) -> Tensor:
     """max(0, 1 - beta Δ). RSO, Liu et al. 2023 (arXiv 2309.06657), section 3.3."""
     return F.relu(1 - config.beta * margin(pairs, config))
 
 
+@loss(Facts(takes_divergence=True, is_length_normalised=True, slope=_slope_of_square))
 def ipo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(Δ̄ - 1/(2 beta))², Δ̄ the margin with each score divided by its answer's length.
 
@@ -64,16 +84,19 @@ def ipo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return (mean_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
 
 
+@loss(Facts(takes_divergence=True, slope=_slope_of_square))
 def ipo_sum(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(Δ - 1/(2 beta))². IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17 to the letter: sums over tokens."""
     return (margin(pairs, config) - 1 / (2 * config.beta)) ** 2
 
 
+@loss(Facts(takes_divergence=True, is_length_normalised=True))
 def sigmoid_norm(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ̄), Δ̄ as in `ipo`: length-normalised DPO, Tulu 3 (arXiv 2411.15124), section 5. Lengths."""
     return -F.logsigmoid(config.beta * mean_margin(pairs, config))
 
 
+@loss(Facts(takes_divergence=True, fault=_needs_smoothing))
 def exo_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     """KL(q || p), q = (sigmoid(beta Δ), sigmoid(-beta Δ)), p = (1 - ε, ε), ε = `label_smoothing` above 0.
 
@@ -84,6 +107,7 @@ def exo_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     return chosen + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
 
 
+@loss()
 def nca_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta r_w) - ½ log sigmoid(-beta r_w) - ½ log sigmoid(-beta r_l).
 
@@ -93,6 +117,7 @@ def nca_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
+@loss()
 def bco_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta r_w) - log sigmoid(-beta r_l).
 
@@ -101,6 +126,7 @@ def bco_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(config.beta * pairs.chosen_logratio) - F.logsigmoid(-config.beta * pairs.rejected_logratio)
 
 
+@loss()
 def bco(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta r_w - δ) - log sigmoid(-(beta r_l - δ)), δ the mean reward of both answers so far.
 
@@ -112,12 +138,14 @@ def bco(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
+@loss(Facts(slope=_slope_of_square))
 def sppo_hard(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(r_w - 1/(2 beta))² + (r_l + 1/(2 beta))². SPPO, Wu et al. 2024 (arXiv 2405.00675), eq. 4.7 with P in {0, 1}."""
     target = 0.5 / config.beta
     return (pairs.chosen_logratio - target) ** 2 + (pairs.rejected_logratio + target) ** 2
 
 
+@loss()
 def apo_zero(pairs: PairLogps, config: LossConfig) -> Tensor:
     """1 - sigmoid(beta r_w) + sigmoid(beta r_l), for chosen answers better than the model's own.
 
@@ -126,6 +154,7 @@ def apo_zero(pairs: PairLogps, config: LossConfig) -> Tensor:
     return torch.sigmoid(-config.beta * pairs.chosen_logratio) + torch.sigmoid(config.beta * pairs.rejected_logratio)
 
 
+@loss()
 def apo_down(pairs: PairLogps, config: LossConfig) -> Tensor:
     """sigmoid(beta r_w) + 1 - sigmoid(beta (r_w - r_l)), for chosen answers worse than the model's own.
 
@@ -134,6 +163,7 @@ def apo_down(pairs: PairLogps, config: LossConfig) -> Tensor:
     return torch.sigmoid(config.beta * pairs.chosen_logratio) + torch.sigmoid(-config.beta * pairs.margin)
 
 
+@loss(Facts(takes_divergence=True))
 def discopop(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(1 - m) log(1 + e^-x) + m e^-x, x = beta Δ, m = sigmoid(x / `discopop_tau`).
 
@@ -144,6 +174,7 @@ def discopop(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
 
 
+@loss(Facts(takes_divergence=True, slope=lambda config: config.dpop_lambda))
 def dpop(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta (Δ - λ max(0, -r_w))), λ = `dpop_lambda`: DPO that keeps the chosen from falling.
 
@@ -153,6 +184,7 @@ def dpop(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(config.beta * (margin(pairs, config) - penalty))
 
 
+@loss(Facts(needs_scores=True, takes_divergence=True))
 def odpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ - η g), g the row's score gap, η = `score_scale`: better answers must win by more.
 
@@ -161,6 +193,7 @@ def odpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(config.beta * margin(pairs, config) - config.score_scale * _score_gap(pairs))
 
 
+@loss(Facts(needs_scores=True, takes_divergence=True))
 def rpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """KL(Bernoulli(sigmoid(η g)) || Bernoulli(sigmoid(beta Δ))), g the row's score gap, η = `score_scale`.
 
@@ -180,6 +213,7 @@ def _score_gap(pairs: PairLogps) -> Tensor:
     return pairs.score_gap
 
 
+@loss(Facts(compares_pairs=True, sorts_pairs=True))
 def aot(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on δ_k = sort(log pi(w) - log pi(l))_k - sort(log ref(w) - log ref(l))_k.
 
@@ -190,6 +224,7 @@ def aot(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * (policy.sort().values - reference.sort().values), config)
 
 
+@loss(Facts(compares_pairs=True, sorts_pairs=True))
 def aot_unpaired(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on δ_k = sort(r_w)_k - sort(r_l)_k: chosen ratios dominate rejected ones as a distribution.
 
@@ -199,6 +234,7 @@ def aot_unpaired(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * delta, config)
 
 
+@loss(Facts(compares_pairs=True))
 def kto(pairs: PairLogps, config: LossConfig) -> Tensor:
     """λ_D (1 - sigmoid(beta (r_w - z_l))) + λ_U (1 - sigmoid(beta (z_w - r_l))), z = max(0, mean of r over the batch).
 
@@ -217,6 +253,7 @@ def kto_term(beta: float, gain: Tensor) -> Tensor:
     return torch.sigmoid(-beta * gain)
 
 
+@loss(Facts(needs_reference=False, reads_chosen_alone=True, takes_divergence=True))
 def sft(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log pi(w|x) / |w|: the chosen answer's cross-entropy, to be added to another loss by `loss_weights`.
 
@@ -226,6 +263,7 @@ def sft(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -pairs.chosen_mean
 
 
+@loss(Facts(needs_reference=False, compares_pairs=True, reads_chosen_alone=True, takes_divergence=True))
 def sft_tokens(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-Σ log pi(w|x) / Σ |w| over the batch, the same for each of its pairs: TRL's convention of `sft`.
 
@@ -234,6 +272,7 @@ def sft_tokens(pairs: PairLogps, config: LossConfig) -> Tensor:
     return (-pairs.chosen.sum() / pairs.chosen_len.sum().clamp(min=1)).expand_as(pairs.chosen)
 
 
+@loss(Facts(needs_reference=False))
 def cpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on log pi(w) - log pi(l).
 
@@ -242,6 +281,7 @@ def cpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * (pairs.chosen - pairs.rejected), config)
 
 
+@loss(Facts(needs_reference=False))
 def slic(pairs: PairLogps, config: LossConfig) -> Tensor:
     """max(0, 1 - beta (log pi(w) - log pi(l))), which is beta times the paper's loss with δ = 1/beta.
 
@@ -250,6 +290,7 @@ def slic(pairs: PairLogps, config: LossConfig) -> Tensor:
     return F.relu(1 - config.beta * (pairs.chosen - pairs.rejected))
 
 
+@loss(Facts(needs_reference=False, is_length_normalised=True))
 def simpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on beta (log pi(w)/|w| - log pi(l)/|l|) - γ, before beta; γ = `simpo_gamma`.
 
@@ -258,6 +299,7 @@ def simpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * (pairs.chosen_mean - pairs.rejected_mean) - config.simpo_gamma, config)
 
 
+@loss(Facts(needs_reference=False, is_length_normalised=True))
 def alphapo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `simpo` with the reward (1 - p^-α) / α in place of log p, p = pi(y)^(1/|y|), α = `alphapo_alpha`.
 
@@ -270,6 +312,7 @@ def alphapo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * (chosen - rejected) - config.simpo_gamma, config)
 
 
+@loss(Facts(needs_reference=False, is_length_normalised=True))
 def orpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log p_w - beta log sigmoid(log odds(p_w) - log odds(p_l)), p = pi(y)^(1/|y|), odds(p) = p / (1 - p).
 
@@ -279,6 +322,7 @@ def orpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return sft(pairs, config) + odds_ratio(pairs, config)
 
 
+@loss(Facts(needs_reference=False, is_length_normalised=True))
 def odds_ratio(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The second term of `orpo`, ORPO's eq. 7 times beta. Lengths; no reference."""
     return -config.beta * F.logsigmoid(log_odds_ratio(pairs))
@@ -299,6 +343,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(near_zero, near, torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x))))
 
 
+@loss(Facts(needs_reference=False, needs_gold=True))
 def tpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta (log pi(w) - log pi(l))) - α log pi(g)/|g|, g the gold answer, α = `tpo_alpha`.
 
@@ -309,13 +354,3 @@ def tpo(pairs: PairLogps, config: LossConfig) -> Tensor:
         raise UserError("tpo needs a third answer that is better than both: name its column with --gold_column")
     gold = pairs.gold / pairs.gold_len.clamp(min=1)
     return -F.logsigmoid(config.beta * (pairs.chosen - pairs.rejected)) - config.tpo_alpha * gold
-
-
-LOSSES: dict[str, Loss] = {
-    loss.__name__: loss
-    for loss in (
-        *(sigmoid, cdpo, robust, hinge, ipo, ipo_sum, sigmoid_norm, exo_pair, nca_pair, bco_pair, bco, sppo_hard),
-        *(apo_zero, apo_down, discopop, dpop, odpo, rpo, aot, aot_unpaired, kto),
-        *(sft, sft_tokens, cpo, slic, simpo, alphapo, orpo, odds_ratio, tpo),
-    )
-}

@@ -10,37 +10,10 @@ from torch import Tensor
 
 from dpo_fast.config import LossConfig
 from dpo_fast.errors import UserError
-from dpo_fast.losses.formulas import LOSSES, Loss
+from dpo_fast.losses import LOSSES
+from dpo_fast.losses.facts import Facts, Loss, facts_of, names_with
 from dpo_fast.losses.pairs import DIVERGENCES, PairLogps
 from dpo_fast.user_code import load_function
-
-# No reference enters these, and none is scored where a run names no other loss.
-REFERENCE_FREE = frozenset({"sft", "sft_tokens", "cpo", "slic", "simpo", "alphapo", "orpo", "odds_ratio", "tpo"})
-# These sort the pairs of a pack, so that weights have no pair to belong to; those of a batch compare them in some way.
-SORTING = frozenset({"aot", "aot_unpaired"})
-OF_BATCH = SORTING | {"kto", "sft_tokens"}
-OF_SCORES = frozenset({"odpo", "rpo"})
-OF_GOLD = frozenset({"tpo"})
-# Only in a difference of two scores does the partition function of f-DPO cancel.
-OF_DIVERGENCE = frozenset(
-    {
-        "sigmoid",
-        "cdpo",
-        "robust",
-        "hinge",
-        "ipo",
-        "ipo_sum",
-        "sigmoid_norm",
-        "exo_pair",
-        "discopop",
-        "dpop",
-        "sft",
-        "sft_tokens",
-    }
-    | OF_SCORES
-)
-# Squares of a distance of 1 / (2 beta): how much faster than beta Δ they move at the reference.
-_SQUARES = ("ipo", "ipo_sum", "sppo_hard")
 
 
 def loss_names(config: LossConfig) -> list[str]:
@@ -61,16 +34,16 @@ def loss_terms(config: LossConfig) -> list[tuple[Loss, float]]:
     if config.f_divergence_type not in DIVERGENCES:
         known = ", ".join(sorted(DIVERGENCES))
         raise UserError(f"--f_divergence_type {config.f_divergence_type}: unknown; choose one of {known}")
-    if config.f_divergence_type != "reverse_kl" and (others := set(names) - OF_DIVERGENCE):
+    takes_divergence = names_with("takes_divergence")
+    if config.f_divergence_type != "reverse_kl" and (others := set(names) - takes_divergence):
         raise UserError(
             f"--f_divergence_type {config.f_divergence_type}: has no meaning for {', '.join(sorted(others))}; it acts "
-            f"on {', '.join(sorted(OF_DIVERGENCE))}"
+            f"on {', '.join(sorted(takes_divergence))}"
         )
-    if "robust" in names and not 0 <= config.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: the robust loss needs a value in [0, 0.5)")
-    if "exo_pair" in names and not 0 < config.label_smoothing < 1:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: exo_pair needs a value in (0, 1), such as 0.001")
-    if config.use_weighting and (sorting := SORTING.intersection(names)):
+    for fault in (facts_of(name).fault(config) for name in names):
+        if fault:
+            raise UserError(fault)
+    if config.use_weighting and (sorting := names_with("sorts_pairs").intersection(names)):
         raise UserError(f"--use_weighting: {', '.join(sorted(sorting))} sorts the pairs, so they cannot have weights")
     return [(_find(name), weight) for name, weight in zip(names, weights, strict=True)]
 
@@ -112,21 +85,26 @@ def preference_loss(pairs: PairLogps, config: LossConfig) -> Tensor:
     loss = torch.stack([weight * loss(pairs, config) for loss, weight in loss_terms(config)]).sum(0)
     if pairs.weight is None:
         return loss
-    if sorting := SORTING.intersection(loss_names(config)):
+    if sorting := names_with("sorts_pairs").intersection(loss_names(config)):
         raise UserError(f"--loss_type {', '.join(sorted(sorting))}: sorts the pairs, so they cannot have weights")
     return loss * pairs.weight
 
 
 def needs_reference(config: LossConfig) -> bool:
     """Whether any named loss compares with a reference."""
-    return not REFERENCE_FREE.issuperset(loss_names(config))
+    return any_loss(config, lambda facts: facts.needs_reference)
+
+
+def any_loss(config: LossConfig, holds: Callable[[Facts], bool]) -> bool:
+    """Whether something holds of any loss that a configuration names."""
+    return any(holds(facts_of(name)) for name in loss_names(config))
 
 
 def loss_at_reference(config: LossConfig) -> float | None:
     """The loss where the policy is the reference, ln 2 for DPO; None where it depends on more than log-ratios."""
     names = loss_names(config)
     terms = loss_terms(config)
-    if any(":" in name for name in names) or (REFERENCE_FREE | OF_SCORES).intersection(names):
+    if any(":" in name for name in names) or any_loss(config, lambda facts: not facts.is_known_at_reference):
         return None
     zero = torch.zeros(1)
     at_reference = PairLogps(zero, zero, zero, zero, zero + 1, zero + 1)
@@ -135,7 +113,6 @@ def loss_at_reference(config: LossConfig) -> float | None:
 
 def slope_at_reference(config: LossConfig) -> float:
     """By how much the loss may move, at most, for a move of 1 in beta Δ around the reference."""
-    steepest = dict.fromkeys(_SQUARES, 1 / config.beta**2) | {"dpop": config.dpop_lambda}
     weights = [weight for _, weight in loss_terms(config)]
-    slopes = [max(1.0, steepest.get(name, 1.0)) for name in loss_names(config)]
+    slopes = [max(1.0, facts_of(name).slope(config)) for name in loss_names(config)]
     return sum(abs(weight) * slope for weight, slope in zip(weights, slopes, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
-from dpo_fast.losses.objective import OF_GOLD, OF_SCORES, loss_names, loss_terms, needs_reference
+from dpo_fast.losses.objective import any_loss, loss_terms, needs_reference
 from dpo_fast.model.policy import warn_if_weights_cannot_move
 from dpo_fast.packs.layout import Group
 from dpo_fast.training.metrics import METRICS_FILE
@@ -42,7 +42,7 @@ def check_config(config: DPOConfig) -> None:
         raise UserError(f"--sync_ref_model true: --loss_type {config.loss_type} has no reference")
     if config.sync_ref_model and not (0 < config.ref_model_mixup_alpha <= 1 and config.ref_model_sync_steps > 0):
         raise UserError("--sync_ref_model: expected --ref_model_mixup_alpha in (0, 1] and --ref_model_sync_steps > 0")
-    if OF_GOLD.intersection(loss_names(config)) and config.gold_column is None:
+    if any_loss(config, lambda facts: facts.needs_gold) and config.gold_column is None:
         raise UserError(
             f"--loss_type {config.loss_type}: needs a third, better answer; name its column by --gold_column"
         )
@@ -56,7 +56,7 @@ def check_config(config: DPOConfig) -> None:
 def check_scores(config: DPOConfig, groups: list[Group]) -> None:
     """Refuse losses of score gaps where a row has none."""
     without = [group.row for group in groups if group.ranking.scores is None]
-    if without and OF_SCORES.intersection(loss_names(config)):
+    if without and any_loss(config, lambda facts: facts.needs_scores):
         raise UserError(
             f"--loss_type {config.loss_type}: needs true scores, and row {without[0]} has none: use rows of responses "
             "and scores, or name a column of score differences by --margin_column"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.losses.objective import loss_names, needs_reference
+from dpo_fast.losses.facts import facts_of
+from dpo_fast.losses.objective import any_loss, loss_names, needs_reference
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.scores import AnswerLogps
 
@@ -42,10 +43,6 @@ SEPARATED_ACCURACY = 0.9
 SEPARATED_MARGIN = 2.0
 SEPARATED = math.log(100)
 SEPARATED_A_TOKEN = 1.0
-
-# The first compare averages over tokens, the second compare nothing.
-_NORMALISED = frozenset({"ipo", "sigmoid_norm", "simpo", "alphapo", "orpo", "odds_ratio"})
-_OF_CHOSEN_ALONE = frozenset({"sft", "sft_tokens"})
 
 
 class Reports:
@@ -200,7 +197,7 @@ def chosen_collapses(rows: Sequence[Row], config: DPOConfig, num_distinct: int) 
 def _hold_up(config: DPOConfig) -> str:
     """The options that keep the chosen answers likely, beside those that are set already."""
     names = loss_names(config)
-    if _OF_CHOSEN_ALONE.intersection(names):
+    if any_loss(config, lambda facts: facts.reads_chosen_alone):
         return "a larger weight of sft in --loss_weights"
     weights = "" if config.loss_weights is None else f" --loss_weights '{[*config.loss_weights, 1.0]}'"
     option = f"--loss_type '[{', '.join([*names, 'sft'])}]'{weights}"
@@ -209,9 +206,9 @@ def _hold_up(config: DPOConfig) -> str:
 
 def margins_follow_length(rows: Sequence[Row], config: DPOConfig, num_distinct: int) -> str | None:
     """The margin of a pair is a matter of which answer is longer."""
-    compared = set(loss_names(config)) - _OF_CHOSEN_ALONE
+    compared = [facts for name in loss_names(config) if not (facts := facts_of(name)).reads_chosen_alone]
     # Without a reference margins contain the lengths from the start: nothing was learned of them.
-    if not needs_reference(config) or compared <= _NORMALISED:
+    if not needs_reference(config) or all(facts.is_length_normalised for facts in compared):
         return None
     # No more than one pass: over several, margins differ by how long they were trained, too.
     recent = Reports(last_pairs(rows, min(LENGTH_PAIRS, num_distinct)), num_distinct)
