@@ -61,10 +61,13 @@ class Task:
 def run_dpo_fast(task: Task, scratch: str) -> dict[str, Any]:
     """Our trainer, with an empty reference store; like TRL's with `save_strategy="no"` it writes no final model."""
     from dpo_fast.config import DPOConfig
-    from dpo_fast.training import run as trainer
+    from dpo_fast.training import run
 
-    trainer.write_folder_atomically = lambda folder, write: folder
+    class NoFinalModel(run.Trainer):
+        def write_model(self, folder: Path) -> None:
+            pass
 
+    run.Trainer = NoFinalModel  # type: ignore[misc]
     config = DPOConfig(
         model=task.model,
         data=task.data,
@@ -73,7 +76,7 @@ def run_dpo_fast(task: Task, scratch: str) -> dict[str, Any]:
         **task.settings(f"{scratch}/run"),
     )
     start = time.perf_counter()
-    result = trainer.train(config)
+    result = run.train(config)
     return {"seconds": time.perf_counter() - start, "losses": [row["loss"] for row in result.metrics]}
 
 

@@ -494,7 +494,7 @@ def test_no_process_and_no_file_is_left(own, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     judge([own], ["good", "crash", "sleep"], timeout=0.3, num_workers=2)
     assert list(scratch.iterdir()) == []
-    assert [p for p in psutil.Process().children() if "worker_main" in " ".join(p.cmdline())] == []
+    assert [p for p in psutil.Process().children() if "workers.worker" in " ".join(p.cmdline())] == []
 
 
 def test_verdicts_of_a_row_are_settled_together():
