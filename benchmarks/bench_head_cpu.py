@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from environment import environment
+from gpu_timing import relative
 from torch import Tensor
 
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_ref
@@ -84,7 +85,7 @@ def bare(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
 
 def errors(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> list[float]:
     """Relative errors of loss, dH and dW in the 2-norm."""
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True)]
+    return [relative(a, b) for a, b in zip(got, want, strict=True)]
 
 
 def measure(names: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

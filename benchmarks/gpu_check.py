@@ -34,21 +34,14 @@ from pathlib import Path
 from typing import Any
 
 from environment import environment
+from gpu_step import SHAPES
 from parts import card, check_can_write, earlier_results, end_with_children, run_limited, source_digest
 
 from dpo_fast.files import write_file_atomically
 
 PACKAGES = ("dpo-fast", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "trl", "liger-kernel", "numpy")
 VOCAB = 128_256
-TINY_LLAMA = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 1024,
-    "tie_word_embeddings": True,
-}
+TINY_LLAMA = SHAPES["tiny"].architecture
 # Large enough that whole blocks of target rows reach the head, which are the ones that autotune times.
 SMALL_LLAMA = TINY_LLAMA | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 32_000}
 TINY_QWEN = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
@@ -186,8 +179,6 @@ PARTS = [
 
 def run_step(shape: str, seconds: float = 230) -> dict[str, Any]:
     """dpo-fast alone, at the smaller number of pairs, by gpu_step.py."""
-    from gpu_step import SHAPES
-
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "step.json"
         script = str(Path(__file__).with_name("gpu_step.py"))

@@ -165,13 +165,14 @@ def own(hidden: Tensor, weight: Tensor, target: Tensor) -> Contestants:
         return (linear_logprob(hidden, weight, target, assume_valid=True),)
 
     module = FusedLinearDPOLoss(beta=BETA, use_ref_model=False)
+    half = half_masked(target)
     return {
         "train": lambda: train(weight, 2**40),
         "train, 2 GiB budget": lambda: train(weight, 2**31),
         "frozen head": lambda: train(frozen, 2**31),
         "score": score,
         "module": lambda: as_module(module, hidden, weight, target),
-        "module, half masked": lambda: as_module(module, hidden, weight, half_masked(target)),
+        "module, half masked": lambda: as_module(module, hidden, weight, half),
     }
 
 
@@ -209,7 +210,8 @@ def peers(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Contestants, 
 
         liger = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False, compiled=DEVICE.type == "cuda")
         found["liger"] = lambda: as_module(liger, hidden, weight, target)
-        found["liger, half masked"] = lambda: as_module(liger, hidden, weight, half_masked(target))
+        half = half_masked(target)
+        found["liger, half masked"] = lambda: as_module(liger, hidden, weight, half)
     except ImportError as error:
         left_out["liger"] = str(error)
     return found, left_out

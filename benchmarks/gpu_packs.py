@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_timing import DEVICE, interleaved
+from gpu_timing import DEVICE, interleaved, relative
 from torch import Tensor
 
 from dpo_fast.kernels.prefix_attention import PrefixLayout, prefix_attention, prefix_attention_ref, prefix_layout
@@ -89,7 +89,7 @@ def attention_errors(way: str, settings: dict[str, Any], num_tokens: int, layout
 
     want = run(prefix_attention_ref, torch.float64)
     got, again = (run(prefix_attention, torch.bfloat16, way=way) for _ in range(2))
-    errors = {n: ((a.double() - b).norm() / b.norm()).item() for n, a, b in zip(names, got, want, strict=True)}
+    errors = {name: relative(a, b) for name, a, b in zip(names, got, want, strict=True)}
     return {**errors, "same bits": all(map(torch.equal, got, again))}
 
 

@@ -214,13 +214,19 @@ def make_parser(*, wants_help: bool = False) -> Parser:
         subparser = Parser(prog=f"dpo-fast {name}", usage=usage, description=command.help, allow_abbrev=False)
         subparser.add_argument("--config", action="config", help="YAML file with any of these settings")
         subparser.add_class_arguments(command.config)
-        for action in subparser._actions if wants_help else ():
-            if action.dest == "loss_type":
-                from dpo_fast.losses import LOSSES
-
-                action.help = f"{action.help} Losses: {', '.join(sorted(LOSSES))}"
+        if wants_help:
+            _name_losses(subparser)
         subcommands.add_subcommand(name, subparser, help=command.help)
     return parser
+
+
+def _name_losses(parser: Parser) -> None:
+    """Add the names of all losses to the help of `--loss_type`, where there is one."""
+    for action in parser._actions:
+        if action.dest == "loss_type":
+            from dpo_fast.losses import LOSSES
+
+            action.help = f"{action.help} Losses: {', '.join(sorted(LOSSES))}"
 
 
 def normalize(argv: list[str]) -> list[str]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 PairChoice = Literal["best_worst", "adjacent", "all"]
-
-
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
 
 

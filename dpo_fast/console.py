@@ -71,9 +71,8 @@ def progress_line(console: Console, description: str, total: int, completed: int
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
     )
     progress.add_task(description, total=total, completed=completed, figures="")
-    # Entered on a terminal alone: a disabled bar of rich 14.0 leaves an empty line in a file.
+    # Entered on a terminal alone: rich 14.0 ends even a disabled bar by an empty line in a file.
     with progress if console.is_terminal else nullcontext():
         yield ProgressLine(progress)

@@ -1,7 +1,5 @@
 """What ends a command with one clear line instead of a traceback."""
 
-from __future__ import annotations
-
 
 class UserError(ValueError):
     """A mistake in the input or the settings: one clear message, exit code 2, no traceback."""

@@ -1,4 +1,11 @@
-"""Files and folders that are whole or not there: staged, hashed, synced, renamed."""
+"""Files and folders that are whole or not there, whatever kills the process and whenever.
+
+A folder is staged under a hidden name beside its place, every file is synced, a manifest of sizes and xxh3 hashes is
+written last, and one rename makes it visible. It is valid when its manifest holds.
+
+All of this happens under a lock on the folder around it, which the kernel drops when its holder dies. Whoever has the
+lock may therefore clear away every staged and thrown folder that is there: its owner is dead.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +27,12 @@ from dpo_fast.errors import UserError
 
 logger = logging.getLogger("dpo_fast")
 
-
 MANIFEST = "manifest.json"
-
-
 _STAGING = ".dpo-fast-staging-"
-
-
 _TRASH = ".dpo-fast-trash-"
-
-
 # A folder that gives way to a new one of its name: no rename replaces a folder that is not empty, so for a moment
 # between two renames this one is the only whole one.
 _REPLACED = ".dpo-fast-replaced-"
-
-
 _LEFTOVER = re.compile(rf"({re.escape(_STAGING)}|{re.escape(_TRASH)})[0-9a-f]{{32}}")
 
 

@@ -25,7 +25,6 @@ logger = logging.getLogger("dpo_fast")
 
 enabled = True
 _ROUNDS = 5
-_known: dict[str, dict[str, Any]] = {}
 _used: dict[str, dict[str, Any]] = {}
 
 
@@ -65,14 +64,13 @@ def choose(key: str, names: Sequence[str], device: torch.device, make_trial: Cal
         return names[0]
     full_key = f"{_machine(device)}, {key}"
     if full_key not in _used:
-        if full_key not in _known:
-            _known.update(_read())
-        if not _is_valid(_known.get(full_key), names):
+        record = _valid(_read(), full_key, names)
+        if record is None:
             trial = make_trial()
             if trial is None:
                 return names[0]
-            _known[full_key] = _keep(full_key, _choose(full_key, trial, device), names)
-        _used[full_key] = _known[full_key]
+            record = _keep(full_key, _choose(full_key, trial, device), names)
+        _used[full_key] = record
     return str(_used[full_key]["choice"])
 
 
@@ -104,8 +102,10 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-def _is_valid(record: dict[str, Any] | None, names: Sequence[str]) -> bool:
-    return record is not None and record.get("choice") in names
+def _valid(records: Mapping[str, dict[str, Any]], key: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """The record of `key`, if it chose one of the ways that there are."""
+    record = records.get(key)
+    return record if record is not None and record.get("choice") in names else None
 
 
 def _choose(key: str, trial: Trial, device: torch.device) -> dict[str, Any]:
@@ -173,8 +173,8 @@ def _keep(key: str, record: dict[str, Any], names: Sequence[str]) -> dict[str, A
         _path().parent.mkdir(parents=True, exist_ok=True)
         with _locked(_path().with_suffix(".lock")):
             records = _read()
-            if _is_valid(records.get(key), names):
-                return records[key]
+            if earlier := _valid(records, key, names):
+                return earlier
             staging = _path().with_suffix(f".{os.getpid()}")
             staging.write_text(json.dumps({**records, key: record}, indent=1, sort_keys=True) + "\n")
             staging.replace(_path())

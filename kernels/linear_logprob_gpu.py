@@ -22,7 +22,7 @@ frozen head: sums are taken in one order, and a row's log-prob is the same to th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -138,9 +138,8 @@ def backward(
         gradients.add(slice(0, num_kept), kept)
     if num_kept < num_rows:
         scratch = kept if kept is not None else _empty_block(hidden, vocab)
-        for start in range(num_kept, num_rows, scratch.shape[0]):
-            rows = slice(start, min(start + scratch.shape[0], num_rows))
-            e = scratch[: rows.stop - start]
+        for rows in _pieces(num_kept, num_rows, scratch.shape[0]):
+            e = scratch[: rows.stop - rows.start]
             _make_again(head, hidden, target, state, rows, e)
             gradients.add(rows, e)
     return gradients.hidden, gradients.finished_weight(), gradients.finished_bias()
@@ -174,6 +173,12 @@ def _empty_block(hidden: Tensor, vocab: int, *, want_stats: bool = False) -> Ten
     return _empty_exponentials(hidden, min(_block_rows(hidden, vocab, want_stats=want_stats), len(hidden)), vocab)
 
 
+def _pieces(start: int, stop: int, step: int) -> Iterator[slice]:
+    """start .. stop in slices of `step`, the last of what is left."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
+
+
 def _num_kept(hidden: Tensor, vocab: int, memory_budget: int, *, want_stats: bool) -> int:
     """Rows whose exponentials are kept: whole blocks of them, so that the budget moves no block's border."""
     room = memory_budget // _row_bytes(hidden, vocab)
@@ -184,9 +189,8 @@ def _num_kept(hidden: Tensor, vocab: int, memory_budget: int, *, want_stats: boo
 def _make_blocks(head: Head, hidden: Tensor, target: Tensor, state: State, rows: slice, kept: Tensor | None) -> None:
     """Odds, anchors and, where there is room, finished exponentials of `rows`, which begin at a block's border."""
     step = _block_rows(hidden, head.weight.shape[0], want_stats=state.sums is not None)
-    for start in range(rows.start, rows.stop, step):
-        block = slice(start, min(start + step, rows.stop))
-        e = None if kept is None else kept[start - rows.start : block.stop - rows.start]
+    for block in _pieces(rows.start, rows.stop, step):
+        e = None if kept is None else kept[block.start - rows.start : block.stop - rows.start]
         anchor, odds = state.anchor[block], state.odds[block]
         sums = None if state.sums is None else state.sums.rows(block)
         arguments = (head, hidden[block], target[block], anchor)
@@ -200,9 +204,8 @@ def _make_blocks(head: Head, hidden: Tensor, target: Tensor, state: State, rows:
 def _make_again(head: Head, hidden: Tensor, target: Tensor, state: State, rows: slice, e: Tensor) -> None:
     """Finished exponentials of `rows` in `e`, from the anchors that the forward found."""
     step = _block_rows(hidden, head.weight.shape[0])
-    for start in range(rows.start, rows.stop, step):
-        block = slice(start, min(start + step, rows.stop))
-        part = e[start - rows.start : block.stop - rows.start]
+    for block in _pieces(rows.start, rows.stop, step):
+        part = e[block.start - rows.start : block.stop - rows.start]
         arguments = (head, hidden[block], target[block], state.anchor[block])
         odds = torch.empty_like(state.odds[block])
         _exponentials(*arguments, odds, part, None, is_whole=block.stop - block.start == step)
@@ -261,10 +264,10 @@ def _trial(
     true_e = torch.empty(len(rows), vocab, dtype=head.dtype, device=hidden.device)
     true_odds = torch.zeros_like(true_e[:, 0])
     true_sums = StatsSums.zeros_like(true_odds) if want_stats else None
+    some_hidden, some_anchor, some_target = hidden[rows].to(head.dtype), anchor[rows], target[rows]
     for columns in head.columns(len(rows)):
-        weight, bias = head.tile(columns)
-        arguments = (head, hidden[rows].to(head.dtype), weight, bias, anchor[rows], target[rows] - columns.start)
-        true_odds += exponentials_(true_e[:, columns], *arguments, true_sums)
+        tile = (true_e[:, columns], head, some_hidden, *head.tile(columns), some_anchor, some_target - columns.start)
+        true_odds += exponentials_(*tile, true_sums)
     # Rows out of range are not the ways' to get right: they are made again. Nor are rows that are not finite.
     near = (true_odds <= MAX_ODDS) & true_e.isfinite().all(1)
     if not near.any():
@@ -325,11 +328,10 @@ def _sliced(
     # Where nobody wants them they are written all the same, over and over at one place: a kernel without that store
     # would be compiled to add up in another order.
     unwanted = _empty_exponentials(hidden, hidden.shape[0] if e is None else 0, width)
-    for start in range(0, vocab, width):
-        columns = slice(start, min(start + width, vocab))
+    for columns in _pieces(0, vocab, width):
         z = product_fp32(hidden, head.weight[columns].t())
         part = unwanted[:, : z.shape[1]] if e is None else e[:, columns]
-        add_slice(z, start, head, target, anchor, odds, part, sums)
+        add_slice(z, columns.start, head, target, anchor, odds, part, sums)
         del z  # before the next one is made
 
 
@@ -366,10 +368,8 @@ def _make_unit_grad(head: Head, hidden: Tensor, target: Tensor, state: State, lo
     """d logp / d hidden of all rows, one block of exponentials at a time."""
     state.unit_grad = torch.empty_like(hidden)
     scratch = _empty_block(hidden, head.weight.shape[0], want_stats=state.sums is not None)
-    step = max(len(scratch), 1)
-    for start in range(0, hidden.shape[0], step):
-        rows = slice(start, min(start + step, hidden.shape[0]))
-        e = scratch[: rows.stop - start]
+    for rows in _pieces(0, hidden.shape[0], max(len(scratch), 1)):
+        e = scratch[: rows.stop - rows.start]
         _make_blocks(head, hidden, target, state, rows, e)
         total = state.odds[rows] + torch.exp(logit[rows] - state.anchor[rows]).float()
         _scaled_product(e, head.weight, -head.scale / total, state.unit_grad[rows])
@@ -379,8 +379,7 @@ def _scaled_product(e: Tensor, weight: Tensor, factor: Tensor, out: Tensor) -> N
     """out = factor ⊙ (E·W), in fp32 until it is rounded to the dtype of `out`."""
     weight = weight.to(e.dtype)
     step = max(SLICE_BYTES // (4 * weight.shape[1]), 128)
-    for start in range(0, e.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in _pieces(0, e.shape[0], step):
         scale_rows(product_fp32(e[rows], weight), factor[rows], out[rows])
 
 

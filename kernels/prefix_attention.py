@@ -89,7 +89,7 @@ def prefix_layout(
 ) -> PrefixLayout:
     """The layout of a pack, from the (M + 1,) int64 bounds of `PackedBatch` on the CPU and (K,) int64 rows.
 
-    `num_rows` counts rows of padding after the last segment as well; None is none.
+    `num_rows` counts rows of padding after the last segment as well; None is none. `deterministic`: see `PrefixLayout`.
     """
     _leave_determinism()  # of a backward that ended by an exception, and whose end was never told
     device = kv_index.device
@@ -243,14 +243,14 @@ def _run_deterministically(node: Node) -> None:
     node.register_hook(_leave_determinism)
 
 
-# How PyTorch was set while a backward of attention runs; None while none does.
-_set_before: list[tuple[str, bool]] = []
+# How PyTorch was set before the backward of attention that runs now; empty while none does.
+_set_before: list[tuple[int, bool]] = []
 
 
 def _enter_determinism(*_: object) -> None:
     settings: Any = torch.utils.deterministic
     if not _set_before:
-        _set_before.append((_determinism(), settings.fill_uninitialized_memory))
+        _set_before.append((torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory))
     # A warning alone would leave the order as it is; and what the kernels write need not be filled beforehand.
     torch.set_deterministic_debug_mode("error")
     settings.fill_uninitialized_memory = False
@@ -261,10 +261,6 @@ def _leave_determinism(*_: object) -> None:
     if _set_before:
         mode, settings.fill_uninitialized_memory = _set_before.pop()
         torch.set_deterministic_debug_mode(mode)
-
-
-def _determinism() -> str:
-    return ("default", "warn", "error")[torch.get_deterministic_debug_mode()]
 
 
 def _flash_attn(

@@ -22,7 +22,6 @@ def timed(monkeypatch, tmp_path):
         return {name: way() for name, way in ways.items()}
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(autotune, "_known", {})
     monkeypatch.setattr(autotune, "_used", {})
     monkeypatch.setattr(autotune, "_can_time", lambda device: True)
     monkeypatch.setattr(autotune, "_machine", lambda device: "some GPU")
@@ -31,7 +30,6 @@ def timed(monkeypatch, tmp_path):
 
 
 def another_process(monkeypatch):
-    monkeypatch.setattr(autotune, "_known", {})
     monkeypatch.setattr(autotune, "_used", {})
 
 

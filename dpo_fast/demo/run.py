@@ -1,6 +1,6 @@
 """`dpo-fast demo`: the whole loop of preference training in a few minutes, on a CPU, with nothing downloaded.
 
-A small Llama learns a task from scratch, half of it badly (`demo_task`). From there on every stage is a command of this
+A small Llama learns a task from scratch, half of it badly (`task`). From there on every stage is a command of this
 program with the settings that its line shows: sample answers, label them by what parses as JSON, pair them, train,
 evaluate on prompts that no stage has seen, report.
 """

@@ -12,10 +12,7 @@ from dpo_fast.kernels.prefix_attention import PrefixLayout, prefix_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 PACKED_ATTENTION = "dpo_fast_packed"
-
-
 # Keyword arguments of attention that change what it computes and that packs do not honour; a model that uses one is
 # scored answer by answer.
 _UNSUPPORTED_ATTENTION = ("position_bias", "alibi", "chunk_size", "indices", "block_indices")

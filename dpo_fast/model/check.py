@@ -19,14 +19,9 @@ from dpo_fast.packs.layout import Group, pack
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 logger = logging.getLogger("dpo_fast")
-
-
 # Names in configurations for how far attention sees.
 WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size", "local_attention")
-
-
 # Tokens of the group that the packed forward is checked on: enough to show a difference, few enough to cost nothing.
 CHECKED_TOKENS = 64
 

@@ -15,8 +15,6 @@ _PROVENANCE = {
     *("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"),
     *("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"),
 }
-
-
 # What an adapter's layers keep outside of configuration and weights.
 _ADAPTER_STATE = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
 

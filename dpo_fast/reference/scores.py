@@ -1,12 +1,9 @@
-"""The reference store: per-token log-probs of a frozen model, kept by content.
+"""Per-token log-probs of a frozen model in the store, kept by content.
 
 The key of an answer is a hash of the model's fingerprint (weights, names, shapes, dtypes, configuration, adapter,
 numerics), the prompt's tokens and the answer's tokens. So a new learning rate, loss, order or folder finds every row,
 and a new model, template or truncation finds none. Values are fp32, one per scored token, so that losses which
 normalise by length or weigh tokens read the same store.
-
-SQLite in WAL mode: atomic, safe against kill -9, several processes at once, no server. docs/reference_store.md has the
-file's layout and what was measured.
 """
 
 from __future__ import annotations
@@ -25,8 +22,6 @@ from dpo_fast.packs.layout import Group, PackedBatch, pack
 from dpo_fast.reference.store import ReferenceStore
 
 AnswerLogps = tuple[np.ndarray, ...]
-
-
 Score = Callable[[PackedBatch], Tensor]
 
 

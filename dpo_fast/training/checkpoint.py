@@ -1,11 +1,6 @@
-"""Folders that are whole or not there, whatever kills the process and whenever.
+"""Checkpoints: folders that `files` makes whole, with the state of their run.
 
-A folder is staged under a hidden name beside its place, every file is synced, a manifest of sizes and xxh3 hashes is
-written last, and one rename makes it visible. It is valid when its manifest holds. Retention renames a folder to a
-trash name before it deletes, so a visible folder is never half gone.
-
-All of this happens under a lock on the folder around it, which the kernel drops when its holder dies. Whoever has the
-lock may therefore clear away every staged and thrown folder that is there: its owner is dead.
+Retention renames a folder to a trash name before it deletes, so a visible folder is never half gone.
 """
 
 from __future__ import annotations
@@ -24,8 +19,6 @@ from dpo_fast.errors import UserError
 from dpo_fast.files import _REPLACED, MANIFEST, _publish, _remove, _writing, verify_folder
 
 logger = logging.getLogger("dpo_fast")
-
-
 _CHECKPOINT = re.compile(rf"(?:{re.escape(_REPLACED)})?checkpoint-(\d+)")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,9 +17,6 @@ from dpo_fast.packs.layout import Group
 
 if TYPE_CHECKING:
     pass
-
-
-logger = logging.getLogger("dpo_fast")
 
 
 def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPOConfig, policy: Policy) -> None:

@@ -1,4 +1,9 @@
-"""The loop: steps, reports, checkpoints, the final model."""
+"""The loop: steps, reports, checkpoints, the final model.
+
+One optimizer step takes `per_device_train_batch_size x gradient_accumulation_steps` pairs, lays them out in as few
+packs as the token budget allows, and divides every pack's summed loss by the step's number of pairs: how a step is
+cut into packs changes neither loss nor gradient.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +42,8 @@ from dpo_fast.training.warning_signs import WarningSigns
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 STATE_FILE = "training_state.pt"
-
-
 CHOICES_FILE = "autotune.json"
-
-
 FINAL_FOLDER = "final"
 
 

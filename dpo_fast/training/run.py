@@ -1,10 +1,6 @@
-"""The training loop: rows -> groups -> reference scores -> steps -> checkpoints -> final model.
+"""`train`: rows -> groups -> reference scores -> a prepared `Trainer`, whose `run` is the loop.
 
-One optimizer step takes `per_device_train_batch_size x gradient_accumulation_steps` pairs, lays them out in as few
-packs as the token budget allows, and divides every pack's summed loss by the step's number of pairs: how a step is
-cut into packs changes neither loss nor gradient. The reference is scored before the first step and then gone.
-
-`train` prepares a run and `Trainer.run` is the loop; the helpers follow in the order in which the loop meets them.
+The reference is scored before the first step and then gone.
 """
 
 from __future__ import annotations

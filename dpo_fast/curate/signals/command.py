@@ -51,7 +51,7 @@ _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "VIRTUAL_ENV", "PYTH
 
 
 def command(argument: str, config: SignalConfig) -> TextSignal:
-    """A checker; it may be called only in a process that has no other children, such as `worker_main` makes.
+    """A checker; it may be called only in a process that has no other children, such as `workers.worker` is.
 
     Raises:
         UserError: commands are not allowed, or there is no such program.

@@ -1,7 +1,7 @@
 """Signals by name: what `--signals` says, as functions that judge.
 
-A text signal sees one answer and its row; processes of their own call it (`workers.py`), since answers may be hostile.
-A row signal sees many rows at once and runs in this process: it reads a column, or asks a model.
+A text signal sees one answer and its row; processes of their own call it (`workers/pool.py`), since answers may be
+hostile. A row signal sees many rows at once and runs in this process: it reads a column, or asks a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process that judges answers, one at a time; `workers.py` starts it and kills it when it does not come back.
+"""A process that judges answers, one at a time; `pool.py` starts it and kills it when it does not come back.
 
 It must not import torch, which takes seconds. Before each call of a signal it writes into shared memory what it is at,
 so that whoever has to kill it knows which answer is to blame.
