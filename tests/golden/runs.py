@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from oracle import SENTENCES, save_tiny_checkpoint
 
 TIMES = ("tokens_per_second", "pairs_per_second", "peak_memory_gib")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from oracle import padded_dpo_loss, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
+from oracle import as_policy, padded_dpo_loss, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
 
 from dpo_fast.config import DPOConfig, ModelConfig
 from dpo_fast.errors import UserError
@@ -21,11 +21,6 @@ from dpo_fast.training.loop import PairSet
 from dpo_fast.training.step import backward
 
 BETA = 0.3
-
-
-def as_policy(model):
-    use_packed_attention(model)
-    return Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
 
 
 def reference_set(groups, reference):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from oracle import SENTENCES, save_tiny_checkpoint
+from oracle import SENTENCES
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -28,11 +28,6 @@ from dpo_fast.training.metrics import PAIR_METRICS
 from dpo_fast.training.run import train
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture(scope="module")

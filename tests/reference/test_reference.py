@@ -11,21 +11,15 @@ import numpy as np
 import peft
 import pytest
 import torch
-from oracle import padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
+from oracle import HELPERS, as_policy, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
 
 from dpo_fast.config import ModelConfig
 from dpo_fast.errors import UserError
-from dpo_fast.model.attention import use_packed_attention
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fingerprint import model_fingerprint
 from dpo_fast.reference.scores import Reference, score_groups
 from dpo_fast.reference.store import ReferenceStore
-
-
-def as_policy(model):
-    use_packed_attention(model)
-    return Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
 
 
 @pytest.fixture
@@ -153,10 +147,9 @@ def test_fingerprint_does_not_depend_on_the_folder(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from oracle import random_groups, tiny_llama
+from oracle import HELPERS, as_policy, random_groups, tiny_llama
 from dpo_fast.reference.scores import Reference
 from dpo_fast.reference.store import ReferenceStore
-from test_reference import as_policy
 
 policy = as_policy(tiny_llama())
 def score(batch):
@@ -173,7 +166,7 @@ with ReferenceStore(Path(sys.argv[1])) as store:
 def test_sigkill_while_scoring_loses_nothing_that_was_committed(tmp_path):
     path = tmp_path / "reference.sqlite"
     command = [sys.executable, "-c", KILLED, str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="tests")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HELPERS)
     for _ in range(5):
         process.stdout.readline()
     time.sleep(0.05)
@@ -200,7 +193,7 @@ def test_sigkill_while_scoring_loses_nothing_that_was_committed(tmp_path):
 def test_two_processes_may_fill_one_store(tmp_path):
     path = tmp_path / "reference.sqlite"
     command = [sys.executable, "-c", KILLED.replace("0.02", "0"), str(path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd="tests") for _ in range(2)]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=HELPERS) for _ in range(2)]
     assert [p.wait(timeout=120) for p in processes] == [0, 0]
     with ReferenceStore(path) as store:
         assert Reference(store, "model").missing(random_groups(200)) == []

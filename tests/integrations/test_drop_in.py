@@ -14,7 +14,7 @@ from trl_runs import IGNORED, ROWS, assert_same_run, make_trainer
 
 from dpo_fast.integrations import patch
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "drop_in.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "drop_in.md").read_text()
 LOOP, TRL, PATCH = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 pytestmark = [pytest.mark.filterwarnings(line) for line in IGNORED]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from healthy_runs import false_alarms, report
-from oracle import SENTENCES, save_tiny_checkpoint
+from oracle import SENTENCES
 from rich.console import Console
 
 from dpo_fast.config import DPOConfig
@@ -358,11 +358,6 @@ def test_rows_of_evaluations_and_of_older_versions_say_nothing():
 
 
 # Tiny runs.
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("base")))
 
 
 def say(rng, number):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("dpo_fast", "kernels", "benchmarks")
 # Scripts import each other by plain name.
 OURS = {"dpo_fast", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from oracle import SENTENCES, random_groups, save_tiny_checkpoint, tiny_llama
+from oracle import SENTENCES, random_groups, tiny_llama
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -21,11 +21,6 @@ from dpo_fast.training.run import train
 from dpo_fast.training.step import RewardShift
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture(scope="module")

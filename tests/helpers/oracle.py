@@ -10,8 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dpo_fast.model.attention import use_packed_attention
+from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 
+HELPERS = Path(__file__).parent
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "Paris is the capital of France, London of England.",
@@ -65,6 +68,12 @@ def save_tiny_checkpoint(folder: Path, *, seed: int = 0) -> Path:
     tiny_llama(len(tokenizer), seed=seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def as_policy(model: LlamaForCausalLM) -> Policy:
+    """The model, reading packs, on a CPU."""
+    use_packed_attention(model)
+    return Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
 
 
 def random_groups(num: int, vocab_size: int = 320, *, seed: int = 0, num_answers: int = 2) -> list[Group]:

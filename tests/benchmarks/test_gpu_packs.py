@@ -10,7 +10,7 @@ from oracle import tiny_llama
 from dpo_fast.model.attention import use_packed_attention
 from dpo_fast.model.policy import Policy
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import gpu_packs
 
 

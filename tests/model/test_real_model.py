@@ -20,7 +20,7 @@ from dpo_fast.packs.layout import pack
 from dpo_fast.reference.scores import score_groups
 
 MODEL = os.environ.get("DPO_FAST_TEST_MODEL", "")
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "ultrafeedback_500.jsonl"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "ultrafeedback_500.jsonl"
 
 pytestmark = [
     pytest.mark.skipif(not MODEL, reason="DPO_FAST_TEST_MODEL is not set: no SmolLM2 here (benchmarks/smollm2.py)"),

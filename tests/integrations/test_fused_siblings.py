@@ -4,7 +4,7 @@ import liger_kernel.chunked_loss as liger
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_fused_loss import make, run
+from liger_batches import make, run
 from two_ranks import Tiny, batch_of, gradients
 
 import dpo_fast

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "aot.py"
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "aot.py"
 
 
 @pytest.fixture(scope="module")
