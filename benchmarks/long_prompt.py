@@ -39,8 +39,7 @@ def run(layout: str, prompt: int, answer: int, layers: int, limit: int | None) -
     )
     model = LlamaForCausalLM(config)
     (use_packed_attention if layout == "shared" else use_own_attention)(model)
-    policy = Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=GIB // 4)
-    policy.shares_prompts = layout == "shared"
+    policy = Policy(model, torch.device("cpu"), memory_budget=GIB // 4, shares_prompts=layout == "shared")
     rng = np.random.default_rng(0)
     group = Group(
         0, *(rng.integers(2, 8192, prompt).astype(np.int32),), tuple(rng.integers(2, 8192, (2, answer), np.int32))

@@ -382,13 +382,14 @@ def run_dpo_fast(contest: Contest, clock: StepClock, scratch: str) -> None:
     class TimedTrainer(trainer.Trainer):
         """Reports steps to the clock and writes no final model, like TRL with `save_strategy="no"`."""
 
-        def after_step(self, grad_norm: Any) -> None:
-            super().after_step(grad_norm)
+        def after_step(self, grad_norm: Any, reporter: Any) -> None:
+            super().after_step(grad_norm, reporter)
             clock.step_done()
 
-        def log(self, row: dict[str, Any]) -> None:
+        def read_window(self, grad_norm: Any) -> dict[str, float]:
+            row = super().read_window(grad_norm)
             clock.losses.append(row["loss"])
-            super().log(row)
+            return row
 
         def write_model(self, folder: Path) -> None:
             pass

@@ -152,12 +152,8 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | None = None) -> PackedBatch:
-    """Lay groups side by side.
-
-    Args:
-        groups: at least one.
-        ref_logps: for each group and each of its answers, fp32 log-probs of the scored tokens.
+def pack(groups: Sequence[Group]) -> PackedBatch:
+    """Lay groups side by side, one at least.
 
     An answer whose prompt is empty has no token before its first one, so that first token is not scored.
     """
@@ -203,10 +199,6 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
             targets.append(answer[len(answer) - len(hidden[-1]) :])
             start += len(answer)
         num_answers += len(group.answers)
-    flat_ref = None
-    if ref_logps is not None:
-        flat_ref = torch.from_numpy(np.concatenate([a for group in ref_logps for a in group]).astype(np.float32))
-        assert len(flat_ref) == sum(map(len, targets)), "one reference log-prob per scored token"
     return PackedBatch(
         input_ids=_join(ids),
         position_ids=_join(positions),
@@ -224,7 +216,6 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
         weights=torch.tensor(weights) if set(weights) - {1.0} else None,
         score_gaps=torch.tensor(gaps) if len(gaps) == len(rows) else None,
         gold=torch.tensor(gold, dtype=torch.int64) if len(gold) == len(rows) else None,
-        ref_logps=flat_ref,
     )
 
 

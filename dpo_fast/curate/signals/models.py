@@ -16,7 +16,8 @@ from dpo_fast.config import SignalConfig
 from dpo_fast.curate.rows import text_of
 from dpo_fast.curate.verdict import Question, Unjudged, Verdict, describe, shorten, verdict_of
 from dpo_fast.errors import UserError
-from dpo_fast.model.load import load_tokenizer, pick_device
+from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.placement import pick_device
 
 # A tokenizer's reply: `input_ids`, `attention_mask` and the like.
 Tokens: TypeAlias = Any
