@@ -135,7 +135,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command(DemoConfig, run_demo, "the whole loop on this machine, in small, with plots", "[--out DIR]"),
+    "demo": Command(DemoConfig, run_demo, "the whole loop in small, on this machine, with plots", "[--out DIR]"),
     "train": Command(
         DPOConfig, run_train, "preference rows -> checkpoint", "--model M --data D [--output_dir DIR] [--key value ...]"
     ),
@@ -143,7 +143,7 @@ COMMANDS = {
         ScoreConfig, run_score, "log-probs of a model, per pair and per token", "--model M --data D --out F.jsonl"
     ),
     "sample": Command(
-        SampleConfig, run_sample, "prompts -> several answers each, with log-probs", "--model M --data PROMPTS --out F.jsonl"
+        SampleConfig, run_sample, "prompts -> several answers each", "--model M --data PROMPTS --out F.jsonl"
     ),
     "label": Command(
         LabelConfig,
