@@ -61,7 +61,7 @@ def _head_faults(name: str, rows: int, vocab: int, dim: int, dtype: torch.dtype,
     got = call(linear_logprob, inputs)
     with_stats, stats = call(linear_logprob_with_stats, inputs)
     faults = []
-    for what, logp in (("log-probs", got), ("log-probs beside figures", with_stats)):
+    for what, logp in (("log-probs", got), ("log-probs with stats", with_stats)):
         if not logp_faults(logp, want) <= 1:
             faults.append(f"{what} are {(logp.double() - want).abs().max():.1e} off")
     for grads, budget in ((gradients(got, *inputs), "all kept"), (_without_memory(call, inputs), "nothing kept")):
