@@ -27,7 +27,7 @@ from dpo_fast.curate.label import label_rows
 from dpo_fast.curate.rows import Row, read_objects, write_rows
 from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows
 from dpo_fast.data.load import load_groups
-from dpo_fast.data.tokenize import Tokenizing
+from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.model.load import load_tokenizer
@@ -259,7 +259,7 @@ def _mean(scores: list[float | None]) -> float:
 
 def _kl(rows: list[Row], config: EvalConfig, console: Console) -> dict[str, float]:
     """KL(model || reference) in nats an answer, as the mean log-ratio over what the model samples, with an interval."""
-    tokenize = Tokenizing(load_tokenizer(config.model, config.chat_template))
+    tokenize = PairTokenizer(load_tokenizer(config.model, config.chat_template))
     groups = [
         Group(
             number,

@@ -18,7 +18,7 @@ from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read
 from dpo_fast.curate.worklog import WorkLog, fingerprint
 from dpo_fast.data.formats import Text, to_prompt
 from dpo_fast.data.row_report import RowError
-from dpo_fast.data.tokenize import Tokenizing
+from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.model.load import load_tokenizer
 
@@ -137,7 +137,7 @@ def answer_rows(
     with progress_line(console, "sampling", 0) as line:
         for model, group in groupby(enumerate(sources), lambda source: source[1][0]):
             tokenizer = load_tokenizer(model, config.chat_template)
-            tokenize = Tokenizing(tokenizer)
+            tokenize = PairTokenizer(tokenizer)
             if prompts is None:
                 prompts = _prompts(rows, config, tokenize, console)
                 line.start(len(prompts) * config.num_samples)
@@ -184,7 +184,7 @@ def _check(config: SampleConfig, sources: list[tuple[str, float]]) -> None:
 
 
 def _prompts(
-    rows: Sequence[Row], config: SampleConfig, tokenize: Tokenizing, console: Console
+    rows: Sequence[Row], config: SampleConfig, tokenize: PairTokenizer, console: Console
 ) -> list[tuple[Row, Text]]:
     """The rows that have a prompt, and the prompt; strings become a user's turn where they shall."""
     wrap = config.apply_chat_template

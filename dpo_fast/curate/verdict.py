@@ -65,7 +65,7 @@ def verdict_of(signal: TextSignal, answer: str, row: Row) -> Verdict:
     return Verdict(score)
 
 
-def settle(verdicts: Sequence[Verdict]) -> list[Verdict]:
+def rank_worst_last(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """One signal's verdicts on a row, with a score for its worst answers: 1 below the lowest other one."""
     lowest = min((v.score for v in verdicts if v.score is not None and v.score != -math.inf), default=0.0)
     return [Verdict(lowest - 1, v.reason) if v.score == -math.inf else v for v in verdicts]

@@ -213,7 +213,7 @@ def test_killed_in_the_middle_it_goes_on(folder):
     assert not alive
     assert list(scratch.iterdir()) == []
 
-    logged = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    logged = [record for record in map(json.loads, log.read_text().splitlines()) if "key" in record]
     assert 0 < len(logged) < 60
     calls = folder / "calls"
     calls.unlink()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.signals import text as text_signals
 from dpo_fast.curate.signals.registry import parse_signals
-from dpo_fast.curate.verdict import Question, Unjudged, Verdict, Worst, settle, shorten, verdict_of
+from dpo_fast.curate.verdict import Question, Unjudged, Verdict, Worst, rank_worst_last, shorten, verdict_of
 from dpo_fast.curate.workers import pool as workers
 from dpo_fast.curate.workers.pool import judge_texts
 from dpo_fast.curate.workers.worker import Heartbeat
@@ -499,7 +499,7 @@ def test_no_process_and_no_file_is_left(own, tmp_path, monkeypatch):
 
 def test_verdicts_of_a_row_are_settled_together():
     lowest = Verdict(float("-inf"), "worst")
-    assert settle([Verdict(2.0), lowest, Verdict(None, "why"), Verdict(-3.0), lowest]) == [
+    assert rank_worst_last([Verdict(2.0), lowest, Verdict(None, "why"), Verdict(-3.0), lowest]) == [
         (2.0, None),
         (-4.0, "worst"),
         (None, "why"),

@@ -14,7 +14,7 @@ from typing import Protocol
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.signals.command import command
 from dpo_fast.curate.signals.text import TEXT_SIGNALS, bad_spec
-from dpo_fast.curate.verdict import Question, TextSignal, Unjudged, Verdict, Worst, settle, verdict_of
+from dpo_fast.curate.verdict import Question, TextSignal, Unjudged, Verdict, Worst, rank_worst_last, verdict_of
 from dpo_fast.errors import UserError
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "Verdict",
     "Worst",
     "parse_signals",
-    "settle",
+    "rank_worst_last",
     "verdict_of",
 ]
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.sandbox.processes import adopt_orphans, end_with_parent, remove_tree
 from dpo_fast.curate.signals.registry import parse_signals
-from dpo_fast.curate.verdict import Verdict, settle, verdict_of
+from dpo_fast.curate.verdict import Verdict, rank_worst_last, verdict_of
 
 if TYPE_CHECKING:
     from dpo_fast.curate.rows import Row
@@ -173,7 +173,7 @@ class _Worker:
         _set_soft_limit(resource.RLIMIT_CPU, math.ceil(cpu_time))
         by_answer = [[self._verdict(task, a, s) for s in range(len(self.signals))] for a in range(len(task.answers))]
         self.heartbeat.set(NOWHERE)
-        return [settle([verdicts[s] for verdicts in by_answer]) for s in range(len(self.signals))]
+        return [rank_worst_last([verdicts[s] for verdicts in by_answer]) for s in range(len(self.signals))]
 
     def _verdict(self, task: Task, answer: int, number: int) -> Verdict:
         if (answer, number) in task.blamed:

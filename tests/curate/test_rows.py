@@ -1,13 +1,10 @@
-"""Rows in and out, and the log that work goes on from."""
-
-import json
+"""Rows in and out."""
 
 import pytest
 from datasets import Dataset
 from rich.console import Console
 
 from dpo_fast.curate.rows import as_dataset, as_rows, check_out, read_objects, responses_of, text_of, write_rows
-from dpo_fast.curate.worklog import WorkLog, fingerprint
 from dpo_fast.errors import UserError
 
 QUIET = Console(quiet=True)
@@ -57,44 +54,3 @@ def test_text_of_messages_and_responses():
     for wrong in ({}, {"responses": "a"}, {"responses": [1]}):
         with pytest.raises(UserError, match="row 7: field 'responses'"):
             responses_of(wrong, "responses", 7)
-
-
-def test_a_log_goes_on_after_a_line_that_a_crash_cut(tmp_path):
-    out, key = tmp_path / "new" / "out.jsonl", fingerprint({"a": 1}, ["rows"])
-    with WorkLog(out, key, overwrite=False) as log:
-        log.add({"0": "first", "1": {"text": "zwei\u2028\r"}})
-        log.add({"2": 3})
-    whole = log.path.read_bytes()
-    log.path.write_bytes(whole[:-5])
-    with WorkLog(out, key, overwrite=False) as log:
-        assert log.results == {"0": "first", "1": {"text": "zwei\u2028\r"}}
-        log.add({"2": 4})
-    with WorkLog(out, key, overwrite=False) as log:
-        assert log.results["2"] == 4
-        log.finish()
-    assert not log.path.exists()
-
-
-def test_a_log_of_other_settings_is_refused_or_replaced(tmp_path):
-    out = tmp_path / "out.jsonl"
-    with WorkLog(out, fingerprint(1), overwrite=False) as log:
-        log.add({"0": "old"})
-    with pytest.raises(UserError, match="other settings or other rows"):
-        WorkLog(out, fingerprint(2), overwrite=False)
-    with WorkLog(out, fingerprint(2), overwrite=True) as log:
-        assert log.results == {}
-        log.add({"0": "new"})
-    assert [json.loads(line) for line in log.path.read_text().splitlines()] == [
-        {"fingerprint": fingerprint(2)},
-        {"key": "0", "result": "new"},
-    ]
-
-
-@pytest.mark.parametrize("left", [b"", b'{"fingerp'])
-def test_a_log_that_was_cut_before_its_first_line_is_begun_anew(tmp_path, left):
-    out = tmp_path / "out.jsonl"
-    (tmp_path / "out.jsonl.partial").write_bytes(left)
-    with WorkLog(out, fingerprint(1), overwrite=False) as log:
-        log.add({"0": "x"})
-    with WorkLog(out, fingerprint(1), overwrite=False) as log:
-        assert log.results == {"0": "x"}
