@@ -150,7 +150,7 @@ class SignalConfig:
     """Which signals judge an answer, and what a checker may use up.
 
     Attributes:
-        signals: name of a signal (`json`, `regex:PATTERN`, `number:COLUMN`, ...; docs/curate.md lists them), or a list.
+        signals: a signal (`json`, `regex:PATTERN`, `number:COLUMN`, ...; docs/signals.md lists them), or a list.
         signal_weights: one factor for each of them, their sum is the score; null is 1 for all.
         allow_commands: let `command:...` run programs.
         timeout: seconds that a signal may take for one answer.

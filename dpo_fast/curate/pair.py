@@ -15,7 +15,8 @@ from rich.console import Console
 
 from dpo_fast.config import PairConfig
 from dpo_fast.console import say
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, responses_of, text_of
+from dpo_fast.curate.messages import text_of
+from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, responses_of
 from dpo_fast.curate.rows import write_rows as write
 from dpo_fast.curate.sample import SAMPLES
 from dpo_fast.data.formats import choose_pairs

@@ -14,7 +14,7 @@ from rich.console import Console
 from dpo_fast.config import SampleConfig
 from dpo_fast.console import progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, tell_left_out, write_rows
+from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, report_dropped, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
 from dpo_fast.data.formats import Text, to_prompt
 from dpo_fast.data.row_report import RowError
@@ -203,7 +203,7 @@ def _prompts(
             refused.append(f"row {number}: {error}")
         else:
             usable.append((row | ({} if tools is None else {config.tools_column: tools}), prompt))
-    tell_left_out(console, refused)
+    report_dropped(console, refused)
     if not usable:
         raise UserError("no row has a prompt to answer" + (f": {refused[0]}" if refused else ""))
     return usable

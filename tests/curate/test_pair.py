@@ -139,7 +139,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert counts == [7, 3]
     assert "10 prompts, 10 of them with pairs" in capsys.readouterr().out
     for extra, message in (
-        ([], "pairs.jsonl is there already"),
+        ([], "pairs.jsonl exists already"),
         (["--overwrite", "--eval_split", "0.3"], "--eval_split and --eval_out go together"),
         (["--overwrite", "--pairs_per_prompt", "0"], "--pairs_per_prompt 0: expected"),
         (["--overwrite", "--min_score_gap", "9"], "gives no pair to train on"),

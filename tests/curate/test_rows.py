@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from dpo_fast.curate.rows import as_dataset, as_rows, check_out, read_objects, responses_of, text_of, write_rows
+from dpo_fast.curate.messages import text_of
+from dpo_fast.curate.rows import as_dataset, as_rows, check_out, read_objects, responses_of, write_rows
 from dpo_fast.errors import UserError
 
 QUIET = Console(quiet=True)
@@ -14,9 +15,9 @@ def test_rows_that_are_no_objects_are_counted_and_named(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n[1]\n{"prompt": \n{"prompt": "b"}\n')
     assert [row["prompt"] for row in read_objects(str(path), None, Console())] == ["a", "b"]
-    assert "2 rows left out (line 2: expected an object with fields)" in capsys.readouterr().out
+    assert "2 rows dropped (line 2: expected an object with fields)" in capsys.readouterr().out
     path.write_text("[1]\n")
-    with pytest.raises(UserError, match="holds no usable row"):
+    with pytest.raises(UserError, match="no usable rows"):
         read_objects(str(path), None, QUIET)
 
 
@@ -39,7 +40,7 @@ def test_an_output_is_never_replaced_unasked(tmp_path):
     path = tmp_path / "out.jsonl"
     assert check_out(str(path), overwrite=False) == path
     path.write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         check_out(str(path), overwrite=False)
     assert check_out(str(path), overwrite=True) == path
     with pytest.raises(UserError, match=r"ends in \.jsonl"):

@@ -153,9 +153,7 @@ def test_rows_without_a_prompt_are_left_out_and_named(model, capsys):
     rows = [{"prompt": ""}, {"question": "?"}, {"prompt": 3}, {"prompt": "The"}]
     written = answer_rows(rows, config_of(model), console=Console())
     assert [row["prompt"] for row in written] == ["The"]
-    assert (
-        "3 rows left out (row 0: field 'prompt': expected a prompt, found an empty string)" in capsys.readouterr().out
-    )
+    assert "3 rows dropped (row 0: field 'prompt': expected a prompt, found an empty string)" in capsys.readouterr().out
     with pytest.raises(UserError, match="no row has a prompt to answer: row 0: field 'prompt' is missing"):
         answer_rows(rows[1:2], config_of(model), console=QUIET)
 
@@ -251,4 +249,4 @@ def test_the_file_has_a_row_a_prompt(model, tmp_path, monkeypatch, capsys):
     assert [row["mark"] for row in rows] == [0, 1, 2, 3]
     assert "32 answers" in capsys.readouterr().out
     assert main(command) == 2
-    assert "out.jsonl is there already" in capsys.readouterr().err
+    assert "out.jsonl exists already" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from dpo_fast.config import DataConfig, LabelConfig
-from dpo_fast.curate.rows import Row, responses_of, tell_left_out, text_of
+from dpo_fast.curate.messages import text_of
+from dpo_fast.curate.rows import Row, report_dropped, responses_of
 from dpo_fast.data.formats import to_preference, to_prompt
 from dpo_fast.data.row_report import DROPPED, RowError
 from dpo_fast.errors import UserError
@@ -48,7 +49,7 @@ def to_items(rows: Sequence[Row], config: LabelConfig, console: Console) -> list
             refused.append(f"row {number}: {str(error) or DROPPED[error.cause]}")
         except UserError as error:
             refused.append(str(error))
-    tell_left_out(console, refused)
+    report_dropped(console, refused)
     if not items:
         raise UserError(f"--data {config.data}: no row can be judged: {refused[0]}")
     return items

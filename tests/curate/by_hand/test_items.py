@@ -32,7 +32,7 @@ def test_rows_of_all_forms_are_judged_or_left_out_with_their_reason(tmp_path, ca
     ]
     assert items[1].prompt == (("user", "hi"), ("assistant", "ho"), ("user", "?"))
     assert items[1].answers == ("a", "b")
-    assert "7 rows left out (row 3: field 'prompt' is missing" in capsys.readouterr().out
+    assert "7 rows dropped (row 3: field 'prompt' is missing" in capsys.readouterr().out
     for row, reason in zip(
         rows[4:],
         ("strings or messages", "as JSON", "as JSON", "a list of answers", "are the same", "'prompt' is missing"),

@@ -42,7 +42,7 @@ def test_stop_look_resume_finish_and_pair(tmp_path, monkeypatch):
         comparison = rows[row["row"]]["comparisons"][0]
         assert row["chosen"] == rows[row["row"]]["responses"][comparison["right"]]
         assert row["rejected"] == rows[row["row"]]["responses"][comparison["left"]]
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         in_terminal(monkeypatch, tmp_path, [], repeat_share=0)
 
 
