@@ -37,7 +37,7 @@ def test_stop_look_resume_finish_and_pair(tmp_path, monkeypatch):
     rows = read(out)
     assert sorted(c["choice"] for row in rows for c in row["comparisons"]) == ["right", "right", "tie"]
     train, _, report = pair_rows(rows, PairConfig())
-    assert (len(train), report.alike, report.unjudged) == (2, 1, 1)
+    assert (len(train), report.tied, report.unjudged) == (2, 1, 1)
     for row in train:
         comparison = rows[row["row"]]["comparisons"][0]
         assert row["chosen"] == rows[row["row"]]["responses"][comparison["right"]]
