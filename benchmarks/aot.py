@@ -1,11 +1,11 @@
-"""Compile every Triton kernel, as the launchers launch it, for GPUs that need not be there; fail on what would be slow.
+"""Compile every Triton kernel as the launchers launch it, without needing the GPU; fail on what would be slow.
 
     python benchmarks/aot.py --arch sm_90a
 
-The launchers run on tensors without memory ("meta") at the sizes of a real head, and every launch that they make is
-caught and compiled, so that this list cannot drift from what runs. A row of the table is one such variant: registers a
-thread, spilled bytes, shared memory, and how many matrix (WGMMA, tcgen05, HMMA) and TMA instructions the machine code
-has. It fails (exit code 1) on a spill, on shared memory over the GPU's limit, and on an sm_90a product without WGMMA.
+The launchers run on meta tensors at the sizes of a real head; every launch is caught and compiled, so the list cannot
+drift from what runs. Each row of the table is one such variant: registers per thread, spilled bytes, shared memory, and
+the number of matrix (WGMMA, tcgen05, HMMA) and TMA instructions in the machine code. The exit code is 1 on a spill, on
+shared memory over the GPU's limit, and on an sm_90a product without WGMMA.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dpo_fast.kernels import gather_rows_triton, linear_logprob_gpu, linear_logp
 from dpo_fast.kernels.gather_rows import RowIndex
 from dpo_fast.kernels.linear_logprob_torch import Head
 
-# Architecture: compile target, compute capability that the launchers are told, bytes of shared memory a block may have.
+# Architecture: compile target, compute capability reported to the launchers, limit of shared memory per block in bytes.
 ARCHITECTURES = {
     "sm_80": (GPUTarget("cuda", 80, 32), 80, 166_912),
     "sm_89": (GPUTarget("cuda", 89, 32), 89, 101_376),
@@ -54,7 +54,7 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with the types, constants and options of one launch."""
+    """A kernel with the types, constants and options of one launch."""
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
@@ -64,7 +64,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The kernel's name and what tells its variants apart."""
+        """The kernel's name and what distinguishes its variants."""
         constants = dict(self.constants)
         types = dict(self.signature)
         parts = [self.kernel.__name__.removesuffix("_kernel"), next(t for t in types.values() if t.startswith("*"))[1:]]
@@ -81,7 +81,7 @@ class Variant:
 
 
 def typed(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
-    """The variant that a launch asks for."""
+    """The variant that a launch needs."""
     values = dict(zip(kernel.arg_names, args, strict=False))
     values.update((k, v) for k, v in kwargs.items() if k in kernel.arg_names)
     signature, constants, divisible = {}, {}, []
@@ -104,12 +104,12 @@ def typed(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def launches(capability: int) -> list[Variant]:
-    """Every variant that training and scoring launch on a GPU of that compute capability."""
+    """Every variant that training and scoring launch on a GPU of this compute capability."""
     caught: dict[str, Variant] = {}
 
     def catch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         variant = typed(kernel, args, kwargs)
-        # Launches that differ in nothing but the divisibility of a size are one variant here.
+        # Launches that only differ in the divisibility of a size count as one variant.
         caught.setdefault(variant.name, variant)
 
     def every_way(head: Head, hidden: torch.Tensor, *arguments: Any, is_whole: bool) -> None:
@@ -142,7 +142,7 @@ def launches(capability: int) -> list[Variant]:
 
 
 def heads() -> Iterator[tuple[torch.Tensor, Head]]:
-    """Heads of each dtype, of two hidden sizes, without and with bias and softcap."""
+    """Heads of each dtype and two hidden sizes, with and without bias and softcap."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for dim in (2048, 4096):
             hidden = torch.empty(ROWS, dim, dtype=dtype, device="meta")
@@ -153,7 +153,7 @@ def heads() -> Iterator[tuple[torch.Tensor, Head]]:
 
 
 def nvidia_figures(binary: bytes) -> dict[str, int]:
-    """Registers, spilled bytes and instruction counts of a cubin, by the tools that Triton brings."""
+    """Registers, spilled bytes and instruction counts of a cubin, from the tools that ship with Triton."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -176,7 +176,7 @@ def nvidia_figures(binary: bytes) -> dict[str, int]:
 
 
 def amd_figures(assembly: str) -> dict[str, int]:
-    """The same of AMD's assembly; there is no WGMMA and no TMA."""
+    """The same for AMD assembly, which has no WGMMA and no TMA."""
     found = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
     return {
         "registers": found.get("vgpr_count", 0),
@@ -189,7 +189,7 @@ def amd_figures(assembly: str) -> dict[str, int]:
 
 
 def check(variant: Variant, arch: str) -> tuple[dict[str, int], list[str]]:
-    """Compile one variant; its figures, and what is wrong with them."""
+    """Compile one variant; returns its figures and its faults."""
     target, _, limit = ARCHITECTURES[arch]
     attributes = {(index,): [["tt.divisibility", 16]] for index in variant.divisible}
     source = ASTSource(variant.kernel, dict(variant.signature), dict(variant.constants), attributes)
@@ -209,7 +209,7 @@ def check(variant: Variant, arch: str) -> tuple[dict[str, int], list[str]]:
 
 
 def main() -> int:
-    """Print the table; 1 if anything is wrong."""
+    """Print the table; returns 1 if any variant fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     nvidia = [arch for arch in ARCHITECTURES if arch.startswith("sm_")]
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=nvidia)

@@ -1,11 +1,11 @@
-"""The LM head on a CPU: forward + backward against its three bare products and against peers, as ratios in one process.
+"""The LM head on a CPU: forward + backward against its three bare products and other libraries, as ratios.
 
     python benchmarks/bench_head_cpu.py --out benchmarks/results/head-cpu.json
 
-All contestants take the same N target rows through the same DPO loss (eq. 7 of arXiv:2305.18290, no reference model);
-"bare" makes the three fp32 products of 2·N·V·D flop that no head can do without: H·Wᵀ, E·W and Eᵀ·H. Contestants take
-turns, round by round, and what is reported is the median over rounds of the ratio to "bare" in the same round. Loss and
-gradients are first compared with fp64: a contestant that is wrong gets no speed.
+All contestants put the same N target rows through the same DPO loss (eq. 7 of arXiv:2305.18290, no reference model).
+"bare" is the three fp32 products of 2·N·V·D flop that no head can avoid: H·Wᵀ, E·W and Eᵀ·H. Contestants take turns in
+one process; the result is the median over rounds of the ratio to "bare" in the same round. Loss and gradients are first
+compared with fp64; a contestant that is wrong gets no speed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Contestant = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def dpo_loss(logps: Tensor, num_sequences: int) -> Tensor:
-    """Mean over pairs; the first half of the sequences is chosen, the second rejected."""
+    """Mean over pairs; the first half of the sequences is chosen, the second half rejected."""
     chosen, rejected = logps.view(num_sequences, -1).sum(1).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
 def contestants(num_sequences: int) -> dict[str, Contestant]:
-    """Functions of hidden (N, D), weight (V, D) and target (N,) that return the loss; peers as they are installed."""
+    """Functions of hidden (N, D), weight (V, D) and target (N,) that return the loss; peers only if installed."""
     found: dict[str, Contestant] = {
         "dpo-fast": lambda h, w, t: dpo_loss(linear_logprob(h, w, t), num_sequences),
         "log_softmax": lambda h, w, t: dpo_loss(linear_logprob_ref(h, w, t), num_sequences),
@@ -53,7 +53,7 @@ def contestants(num_sequences: int) -> dict[str, Contestant]:
             ChunkedLogProbFunction.apply(h, w, None, t, 1.0, CHUNK, None, 1.0, ())[0], num_sequences
         )
     except ImportError as error:
-        print(f"trl is left out: {error}")
+        print(f"skipping trl: {error}")
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -65,7 +65,7 @@ def contestants(num_sequences: int) -> dict[str, Contestant]:
 
             found[name] = liger
     except ImportError as error:
-        print(f"liger-kernel is left out: {error}")
+        print(f"skipping liger-kernel: {error}")
     return found
 
 
@@ -76,7 +76,7 @@ def step(contestant: Contestant, hidden: Tensor, weight: Tensor, target: Tensor)
 
 
 def bare(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
-    """The three products alone."""
+    """Only the three products."""
     with torch.no_grad():
         z = hidden @ weight.t()
         _ = z @ weight
@@ -89,7 +89,7 @@ def errors(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> list[float]:
 
 
 def measure(names: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every function, one call a round, the first round thrown away."""
+    """Seconds of every function, one call per round; the first round is discarded."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds + 1):
         for name, function in names.items():
@@ -100,7 +100,7 @@ def measure(names: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
 
 
 def main() -> int:
-    """Check, time, print and write; 1 if ours is wrong."""
+    """Check, time, print and write; returns 1 if ours is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("vocab", 49_152), ("dim", 576), ("rows", 1024), ("sequences", 8), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,11 +1,11 @@
-"""Seconds that `dpo-fast label` takes for 100,000 answers under all built-in signals of text.
+"""Time `dpo-fast label` on 100,000 answers with all built-in text signals.
 
     python benchmarks/bench_label.py --out benchmarks/results/label.json
 
-The answers are generated from a seed, of the kinds that a model gives to a prompt that asks for JSON with a number:
-JSON that fits the schema and that does not, JSON in a Markdown fence, prose, Python, cut-off text. The whole command is
-timed, as a user runs it: reading, judging, its log, writing. Its scores are compared with what the generator knows of
-each answer; if one is wrong, no time is given.
+The answers are generated from a seed and resemble what a model replies when asked for JSON with a number: JSON that
+matches the schema or does not, JSON in a Markdown fence, prose, Python, truncated text. The timing covers the whole
+command as a user runs it: reading, judging, logging, writing. Scores are compared with what the generator knows about
+each answer; if one is wrong, no time is reported.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ def words(rng: random.Random, number: int) -> str:
 
 
 def thing(rng: random.Random) -> dict[str, Any]:
-    """An object that fits the schema."""
+    """An object that matches the schema."""
     tags = [words(rng, 1) for _ in range(rng.randrange(8))]
     return {"name": words(rng, 2), "total": rng.randrange(1000), "tags": tags}
 
 
 def fitting(rng: random.Random) -> str:
-    """JSON that fits the schema, over one line or several."""
+    """JSON that matches the schema, on one line or several."""
     return json.dumps(thing(rng), indent=rng.choice([None, 2]))
 
 
 def other_json(rng: random.Random) -> str:
-    """JSON that does not."""
+    """JSON that does not match the schema."""
     return json.dumps(rng.choice([[thing(rng) for _ in range(5)], thing(rng) | {"more": words(rng, 30)}, 17]))
 
 
@@ -103,7 +103,7 @@ def generate(num_rows: int, answers_per_row: int, seed: int) -> tuple[list[dict[
 
 
 def signals(schema: Path) -> list[str]:
-    """All that need no model and no program of the user's."""
+    """All signals that need neither a model nor a user's program."""
     return [
         *("compiles:python", "json", "json:object", "json:array", f"json_schema:{schema}"),
         *(r"regex:(?i)total\W+\d+", "number:gold", "number:gold:squared", "exact:exact", "contains:word"),
@@ -112,7 +112,7 @@ def signals(schema: Path) -> list[str]:
 
 
 def check(labelled: list[dict[str, Any]], kinds: list[list[str]], schema: str) -> None:
-    """Compare with what the generator knows."""
+    """Compare the scores with what the generator knows."""
     for row, of_row in zip(labelled, kinds, strict=True):
         found = row["signals"]
         assert found[schema] == [kind == "fitting" for kind in of_row]
@@ -130,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 12_500), ("answers", 8), ("seed", 0), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--workers", type=int, default=2, help="processes that judge")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes")
     parser.add_argument("--out", type=Path, help="write a JSON file here")
     args = parser.parse_args()
     rows, kinds = generate(args.rows, args.answers, args.seed)

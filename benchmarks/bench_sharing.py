@@ -1,11 +1,11 @@
-"""What sharing prompts and dropping padding save on real rows: tokens, and seconds of the decoder's body.
+"""What shared prompts and no padding save on real rows, in tokens and in seconds of the decoder body.
 
     python benchmarks/bench_sharing.py --model FOLDER --data rows.jsonl --out benchmarks/results/NAME.json
 
-Each batch of pairs is run forward and backward through the same model in three layouts, in turn: padded (two sequences
-a pair, padded to the batch's longest, as a plain DPO trainer does), separate (each answer with its own copy of the
-prompt, no padding) and shared (packs). The head is left out: it costs the same in all three. The hidden states of the
-answers' tokens are compared first. Reported is, over all batches, padded over shared, of tokens and of seconds.
+Each batch of pairs runs forward and backward through the same model in three layouts, in turns: padded (two sequences
+per pair, padded to the longest in the batch, as a plain DPO trainer does), separate (each answer with its own copy of
+the prompt, no padding) and shared (packs). The head is left out, since it costs the same in all three. The layouts'
+hidden states of answer tokens must agree. Reported are tokens and seconds over all batches, and their ratios to padded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def padded_rows(policy: Policy, batch: PackedBatch) -> Tensor:
 
 
 def layouts(policy: Policy, batch: PackedBatch) -> dict[str, tuple[int, Callable[[], Tensor]]]:
-    """Tokens computed, and the function that computes them, of each layout."""
+    """For each layout, the number of tokens and the function that computes them."""
     lengths = [len(ids) for ids, _ in sequences(batch)]
     return {
         "padded": (max(lengths) * len(lengths), lambda: padded_rows(policy, batch)),
@@ -59,7 +59,7 @@ def layouts(policy: Policy, batch: PackedBatch) -> dict[str, tuple[int, Callable
 
 
 def measure(policy: Policy, batches: list[PackedBatch], rounds: int) -> dict[str, Any]:
-    """Tokens and the least seconds of each layout, added up over the batches."""
+    """Tokens and best time of each layout, summed over the batches."""
     totals: dict[str, dict[str, float]] = {}
     for batch in batches:
         found = layouts(policy, batch)
@@ -92,10 +92,10 @@ def measure(policy: Policy, batches: list[PackedBatch], rounds: int) -> dict[str
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder; benchmarks/smollm2.py makes one")
+    parser.add_argument("--model", required=True, help="checkpoint folder; benchmarks/smollm2.py creates one")
     parser.add_argument("--data", required=True, help="preference rows")
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=4, help="pairs of a batch")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs per batch")
     parser.add_argument("--batches", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write a JSON file here")

@@ -1,11 +1,10 @@
-"""The same rows, batch and precision through dpo-fast and TRL, side by side on one machine.
+"""Train on the same rows with the same batch size and precision in dpo-fast and TRL, on one machine.
 
     python benchmarks/compare_trl.py --model FOLDER --data rows.jsonl --steps 4 --out benchmarks/results/NAME.json
 
-Every contestant is a process of its own (so that peak memory is its own) and the contestants take turns. A figure is
-pairs trained over the seconds from the first call of the library to the last step: model loading, tokenization and
-reference scoring are counted for all, imports for none. What is compared is checked first: the losses of the first
-step must agree.
+Each contestant runs in its own process, so that peak memory is its own, and they take turns. Speed is pairs trained
+divided by the seconds from the first call of the library to the last step: model loading, tokenization and reference
+scoring count for all, imports for none. The losses of the first step must agree, or nothing is reported.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from environment import environment
 
 SETTINGS = {"max_length": 512, "learning_rate": 1e-6, "beta": 0.1, "seed": 42, "lr_scheduler_type": "linear"}
 TUNED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
-# What each changes from TRL's defaults; `drop-in` is our trainer of TRL's loop, `trl-patched` TRL's with our log-probs.
+# Changes from TRL's defaults. `drop-in` is our trainer in TRL's loop, `trl-patched` is TRL's with our log-probs.
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "dpo-fast": {},
     "drop-in": TUNED,
@@ -59,7 +58,7 @@ class Task:
 
 
 def run_dpo_fast(task: Task, scratch: str) -> dict[str, Any]:
-    """Our trainer, with an empty reference store; like TRL's with `save_strategy="no"` it writes no final model."""
+    """Our trainer, with an empty reference store and no final model, like TRL with `save_strategy="no"`."""
     from dpo_fast.config import DPOConfig
     from dpo_fast.training import run
 
@@ -112,7 +111,7 @@ def contest(name: str, task: Task) -> dict[str, Any]:
     """Run one contestant in this process."""
     import torch
 
-    # Loaded when they are first used, which would count as work for whoever has not imported them before.
+    # Imported lazily on first use, which would otherwise be timed.
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, get_scheduler  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
@@ -128,7 +127,7 @@ def contest(name: str, task: Task) -> dict[str, Any]:
 
 
 def take_turns(task: Task, names: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Each contestant `rounds` times, in turn, each time in a fresh process."""
+    """Run each contestant `rounds` times, interleaved, each time in a fresh process."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names:
@@ -140,14 +139,14 @@ def take_turns(task: Task, names: list[str], rounds: int) -> dict[str, list[dict
 
 
 def check_agreement(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Refuse figures of contestants that did not compute the same: the loss of step 1 is ln 2 for all."""
+    """Refuse to compare contestants that computed different things: the loss of step 1 is ln 2 for all."""
     first = {name: runs[0]["losses"][0] for name, runs in results.items()}
     if max(first.values()) - min(first.values()) > 1e-3:
-        sys.exit(f"the losses of the first step differ, no figure is worth printing: {first}")
+        sys.exit(f"the losses of the first step differ, so no speed is reported: {first}")
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: medians over rounds, and the ratio to ours."""
+    """Markdown: medians over rounds, and ratios to ours."""
 
     def median(name: str, key: str) -> float:
         return statistics.median(run[key] for run in results[name])
@@ -163,11 +162,11 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint folder; benchmarks/smollm2.py makes one")
-    parser.add_argument("--data", help=".jsonl with prompt, chosen, rejected; its first rows are used")
+    parser.add_argument("--model", help="checkpoint folder; benchmarks/smollm2.py creates one")
+    parser.add_argument("--data", help=".jsonl with prompt, chosen, rejected; only the first rows are used")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of an optimizer step")
-    parser.add_argument("--micro", type=int, default=2, help="pairs of a micro-batch")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per optimizer step")
+    parser.add_argument("--micro", type=int, default=2, help="pairs per micro-batch")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--names", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
     parser.add_argument("--out", help="JSON file for the results")

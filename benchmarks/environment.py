@@ -1,4 +1,4 @@
-"""What a figure was taken on: every results file holds it."""
+"""What a figure was measured on; every results file includes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
-    """Command, processor, threads of PyTorch, and versions of Python and `packages`."""
+    """Command, processor, PyTorch threads, and versions of Python and `packages`."""
     import torch
 
     return {

@@ -1,20 +1,20 @@
-"""Check and time everything that needs a GPU, in parts; writes one JSON file.
+"""Check and time everything that needs a GPU, in parts; write one JSON file.
 
     python benchmarks/gpu_check.py --out benchmarks/results/NAME.json
     python benchmarks/gpu_check.py --out benchmarks/results/NAME.json --resume --only b c
     python benchmarks/gpu_check.py --out FILE             # without a GPU: every part at a tiny size, on the CPU
 
-The most valuable come first:
+The most valuable parts come first:
 
     a  it starts: each head kernel and attention backend; training in the default precision, and in bf16 with 8-bit Adam
-    b  the whole step of an 8B shape, by gpu_step.py, which has more contestants of its own
-    c  the head: errors against fp64, same bits, times beside the bare products and peers
-    d  sharing prompts, and what a fixed order of additions costs
-    e  the rest: `logprob` beside a copy, a head that keeps more than 2^31 exponentials
+    b  a whole step of an 8B shape, by gpu_step.py, which by itself runs more contestants
+    c  the head: errors against fp64, bit-identical reruns, times against the bare products and other libraries
+    d  shared prompts, and what a fixed order of additions costs
+    e  the rest: `logprob` against a copy, a head that keeps more than 2^31 exponentials
 
-Each part is a process with a time limit of its own; the parts of (a), which report no times, run side by side. One that
-fails, or that no time is left for, is reported and the others run; what it found before stays. `--resume` keeps parts
-that passed with the same source on the same card and versions. Exit code 0 only if every part passes.
+Each part is a process with its own time limit; the parts of (a), which report no times, run in parallel. A part that
+fails or has no time left is reported, and the others still run. `--resume` keeps parts that passed with the same
+source, card and versions. The exit code is 0 only if every part passes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dpo_fast.files import write_file_atomically
 PACKAGES = ("dpo-fast", "torch", "triton", "transformers", "accelerate", "bitsandbytes", "trl", "liger-kernel", "numpy")
 VOCAB = 128_256
 TINY_LLAMA = SHAPES["tiny"].architecture
-# Large enough that whole blocks of target rows reach the head, which are the ones that autotune times.
+# Large enough that full blocks of target rows, which autotune times, reach the head.
 SMALL_LLAMA = TINY_LLAMA | {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 32_000}
 TINY_QWEN = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
 TINY_QWEN |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -60,15 +60,15 @@ def training(settings: dict[str, Any], *, is_tiny: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """A function of one of the modules beside this one.
+    """A function of a module in this folder.
 
     Attributes:
-        group: the letter in this module's docstring.
-        name: what it is called in the results.
-        function: `module:name`; returns its figures, and what is wrong under "failed".
-        seconds: its time limit.
-        arguments: of the function, on a GPU.
-        tiny: the same on a CPU.
+        group: letter in this module's docstring.
+        name: name in the results.
+        function: `module:name`; returns its figures, with faults under "failed".
+        seconds: time limit.
+        arguments: arguments of the function on a GPU.
+        tiny: arguments on a CPU.
     """
 
     group: str
@@ -178,7 +178,7 @@ PARTS = [
 
 
 def run_step(shape: str, seconds: float = 230) -> dict[str, Any]:
-    """dpo-fast alone, at the smaller number of pairs, by gpu_step.py."""
+    """Only dpo-fast, at the smaller number of pairs, by gpu_step.py."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "step.json"
         script = str(Path(__file__).with_name("gpu_step.py"))
@@ -189,7 +189,7 @@ def run_step(shape: str, seconds: float = 230) -> dict[str, Any]:
 
 
 def run_part(part: Part, out: Path, *, is_tiny: bool, fail: bool) -> int:
-    """In a process of its own: what the part found goes to `out`."""
+    """Run a part in this process and write its results to `out`."""
     module, name = part.function.split(":")
     try:
         if fail:
@@ -203,7 +203,7 @@ def run_part(part: Part, out: Path, *, is_tiny: bool, fail: bool) -> int:
 
 
 class Runner:
-    """Runs parts within the time that is left and keeps what they found."""
+    """Runs parts within the time budget and keeps their results."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -217,12 +217,12 @@ class Runner:
         self.lock = threading.Lock()
 
     def is_done(self, part: Part) -> bool:
-        """Whether it passed before, in the same circumstances."""
+        """Whether it has passed before with the same source, card and versions."""
         found = self.record["parts"].get(part.name, {})
         return not found.get("failed", True) and found.get("stamp") == self.stamp
 
     def run(self, part: Part) -> None:
-        """Run a part, and write what it found."""
+        """Run a part and write its results."""
         left = self.args.budget - (time.monotonic() - self.started)
         start = time.monotonic()
         found = {"failed": ["no time left"]} if left < min(part.seconds / 2, 20) else self.call(part, left)
@@ -235,13 +235,13 @@ class Runner:
         print(f"({part.group}) {part.name}: {verdict} ({found['seconds']:.0f} s)", flush=True)
 
     def call(self, part: Part, left: float) -> dict[str, Any]:
-        """What a part found, or why it did not end."""
+        """A part's results, or why it did not finish."""
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "found.json"
             command = [sys.executable, __file__, "--out", str(out), "--part", part.name]
             command += ["--tiny"] if self.args.tiny else []
             command += ["--fail", part.name] if part.name in self.args.fail else []
-            # Kernels that autotune chooses while other parts run beside must not become the user's.
+            # Other parts run at the same time, so autotune's choices must not end up in the user's cache.
             error, lines = run_limited(command, min(part.seconds, left), os.environ | {"XDG_CACHE_HOME": scratch})
             found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"failed": [error]}
         if error is None:
@@ -257,9 +257,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
     names = [part.name for part in PARTS]
     groups = sorted({part.group for part in PARTS})
-    parser.add_argument("--only", nargs="+", choices=[*groups, *names], help="these groups or parts alone")
-    parser.add_argument("--budget", type=float, default=560, help="seconds of all")
-    parser.add_argument("--resume", action="store_true", help="keep the parts of --out that passed")
+    parser.add_argument("--only", nargs="+", choices=[*groups, *names], help="only these groups or parts")
+    parser.add_argument("--budget", type=float, default=560, help="seconds for all parts")
+    parser.add_argument("--resume", action="store_true", help="keep parts in --out that passed")
     parser.add_argument("--tiny", action="store_true", default=not torch.cuda.is_available(), help="tiny sizes")
     parser.add_argument("--fail", nargs="+", default=[], choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)

@@ -1,8 +1,7 @@
-"""The head on a GPU, as parts of gpu_check.py: its errors against fp64, its times beside the bare products and peers.
+"""The head on a GPU, as parts of gpu_check.py: errors against fp64, times against bare products and other libraries.
 
-What is demanded is what is right. Log-probs lie within max(1e-5, 1e-5·|logp|) nats of fp64: tensor cores add up
-in fp32, so a logit that is a sum of large terms is known no better. Gradients are at most 1.3 times as far from fp64 as
-PyTorch's own bf16 path.
+Log-probs must be within max(1e-5, 1e-5·|logp|) nats of fp64: tensor cores accumulate in fp32, so a logit that is a sum
+of large terms is not known any better. Gradients may be at most 1.3 times as far from fp64 as PyTorch's own bf16 path.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TRUE_ROWS = 1024
 
 
 def make(rows: int, vocab: int, dim: int, spread: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
-    """bf16 hidden (N, D) and weight (V, D) with gradients, logits of the given spread, and targets (N,)."""
+    """bf16 hidden (N, D) and weight (V, D) that need gradients, with logits of the given spread, and targets (N,)."""
     generator = torch.Generator(DEVICE).manual_seed(rows + vocab + dim)
     options: dict[str, Any] = {"device": DEVICE, "generator": generator}
     hidden = torch.randn(rows, dim, **options).bfloat16().requires_grad_()
@@ -41,12 +40,12 @@ def gradients(logp: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def logp_faults(got: Tensor, want: Tensor) -> float:
-    """The largest error over what is allowed; above 1 is wrong."""
+    """The largest error divided by the allowed error; above 1 is wrong."""
     return ((got.double() - want).abs() / (LOGP_ERROR * want.abs().clamp(min=1))).max().item()
 
 
 def check_errors(sizes: list[tuple[int, int, int, float]]) -> dict[str, Any]:
-    """Errors of ours, each way, and of PyTorch's bf16 path, against fp64; `sizes`: N, V, D and the logits' spread."""
+    """Errors of each of our kernels and of PyTorch's bf16 path against fp64; `sizes`: N, V, D, spread of the logits."""
     table: dict[str, Any] = {}
     failed = []
     for rows, vocab, dim, spread in sizes:
@@ -81,7 +80,7 @@ def check_errors(sizes: list[tuple[int, int, int, float]]) -> dict[str, Any]:
 
 
 def check_bits(rows: int, vocab: int, dim: int) -> dict[str, Any]:
-    """Two runs, and scored, trained and frozen log-probs, agree to the bit; a run over its budget but for rounding."""
+    """Two runs, and scored, trained and frozen log-probs, are bit-identical; over budget only rounding changes."""
     failed = []
     for way in head_ways():
         with head_goes(way):
@@ -105,13 +104,13 @@ def check_bits(rows: int, vocab: int, dim: int) -> dict[str, Any]:
 
 
 def dpo_loss(logp: Tensor) -> Tensor:
-    """DPO without a reference on 8 sequences of equal length, chosen first."""
+    """DPO without a reference on 8 sequences of equal length, chosen ones first."""
     chosen, rejected = logp.view(8, -1).sum(1).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
 def check_large(rows: int, vocab: int, dim: int) -> dict[str, Any]:
-    """All exponentials kept, in one tensor, against log-probs in fp64 and against gradients with few of them kept."""
+    """Keep all exponentials in one tensor; compare with fp64 log-probs and with gradients that keep few of them."""
     hidden, weight, target = make(rows, vocab, dim)
     want = true_logps(hidden, weight, target)
     failed, found = [], {}
@@ -139,7 +138,7 @@ Contestants = dict[str, Callable[[], tuple[Tensor, ...]]]
 
 
 def products(hidden: Tensor, weight: Tensor) -> Contestants:
-    """The bare products: one to score, two under a frozen head, three to train."""
+    """The bare products: one to score, two with a frozen head, three to train."""
     z = torch.empty(len(hidden), len(weight), device=DEVICE, dtype=torch.bfloat16)
 
     @torch.no_grad()
@@ -153,7 +152,7 @@ def products(hidden: Tensor, weight: Tensor) -> Contestants:
 
 
 def own(hidden: Tensor, weight: Tensor, target: Tensor) -> Contestants:
-    """Ours in its modes, as the trainer calls it; each returns loss and gradients, or log-probs."""
+    """All modes of our head, as the trainer calls it; each returns loss and gradients, or log-probs."""
     frozen = weight.detach()
 
     def train(head: Tensor, budget: int) -> tuple[Tensor, ...]:
@@ -177,20 +176,20 @@ def own(hidden: Tensor, weight: Tensor, target: Tensor) -> Contestants:
 
 
 def half_masked(target: Tensor) -> Tensor:
-    """Half of the rows of each sequence are prompt or padding, as in a padded batch."""
+    """Mask half of each sequence, as the prompt and padding of a padded batch would be."""
     half = target.view(8, -1).clone()
     half[:, : half.shape[1] // 2] = -100
     return half.view(-1)
 
 
 def as_module(loss_fn: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Liger's call, and ours of the same form."""
+    """Liger's calling convention, for Liger's loss and ours."""
     loss = loss_fn(weight, hidden.view(8, -1, hidden.shape[1]), target.view(8, -1))[0]
     return loss, *torch.autograd.grad(loss, (hidden, weight))
 
 
 def peers(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Contestants, dict[str, str]]:
-    """Other heads that are installed, and why others are left out."""
+    """The installed heads of other libraries, and why others are skipped."""
     found: Contestants = {}
     left_out = {}
     try:
@@ -219,14 +218,14 @@ def peers(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Contestants, 
 
 @torch.no_grad()
 def true_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """(N,) fp64 log-probs, some rows at a time."""
+    """(N,) fp64 log-probs, a block of rows at a time."""
     exact = weight.double()
     parts = zip(hidden.split(TRUE_ROWS), target.split(TRUE_ROWS), strict=True)
     return torch.cat([linear_logprob_ref(rows.double(), exact, some) for rows, some in parts])
 
 
 def wrong_results(found: Contestants, want: Tensor) -> dict[str, str]:
-    """Contestants whose log-probs or loss are not fp64's; each counts as right to the accuracy of a bf16 head."""
+    """Contestants whose log-probs or loss differ from fp64 by more than the accuracy of a bf16 head."""
     wrong = {}
     loss = dpo_loss(want).item()
     for name, function in found.items():
@@ -243,9 +242,9 @@ def wrong_results(found: Contestants, want: Tensor) -> dict[str, str]:
 
 
 def time_head(rows: int, vocab: int, dim: int, rounds: int = 12) -> dict[str, Any]:
-    """Milliseconds, shares of the bare products and extra memory, each way and by the one that autotune chooses.
+    """Milliseconds, shares of the bare products and extra memory, for each kernel and for autotune's choice.
 
-    A contestant whose result is wrong is named and gets no time.
+    A contestant with a wrong result is named and not timed.
     """
     hidden, weight, target = make(rows, vocab, dim)
     want = true_logps(hidden, weight, target)
@@ -271,7 +270,7 @@ def time_head(rows: int, vocab: int, dim: int, rounds: int = 12) -> dict[str, An
 
 
 def time_logprob(rows: int, vocab: int) -> dict[str, Any]:
-    """GB/s of `logprob`, forward and in-place backward, beside a copy's."""
+    """GB/s of `logprob`, forward and in-place backward, and of a copy."""
     logits = torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16)
     other = torch.empty_like(logits)
     target = torch.randint(vocab, (rows,), device=DEVICE)

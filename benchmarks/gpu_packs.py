@@ -1,8 +1,8 @@
-"""Attention over packs on a GPU, as parts of gpu_check.py: each way's errors, and what sharing prompts saves.
+"""Attention over packs on a GPU, as parts of gpu_check.py: errors of each backend, and what shared prompts save.
 
-Sharing is timed on a step (forward and backward of body and head) of Qwen2.5-7B's shape with random bf16 weights, 8
-of its 28 layers, in packs with each prompt once and in packs with a copy of the prompt per answer, which is what
-flash-attn packing gives elsewhere; both by the attention that is chosen for them.
+Sharing is timed on a step (forward and backward of body and head) of Qwen2.5-7B's shape with random bf16 weights and 8
+of its 28 layers. Packs with each prompt once are compared with packs that have a copy of the prompt per answer, which
+is what flash-attn packing gives elsewhere; both use the attention backend chosen for them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def random_groups(num: int, prompt: int, answer: int, vocab: int) -> list[Group]
 
 
 def check_attention(ways: list[str] | None = None) -> dict[str, Any]:
-    """Relative errors of values and gradients in bf16 against the formula in fp64, by way and options.
+    """Relative errors of values and gradients in bf16 against the fp64 formula, by backend and options.
 
-    And whether two backwards give the same bits. A way that fails or is wrong leaves the others their rows.
+    Also checks that two backwards are bit-identical. If a backend fails or is wrong, the others are still checked.
     """
     batch = pack(random_groups(3, 90, 35, 100))
     layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index.to(DEVICE))
@@ -72,7 +72,7 @@ def check_attention(ways: list[str] | None = None) -> dict[str, Any]:
 
 
 def attention_errors(way: str, settings: dict[str, Any], num_tokens: int, layout: PrefixLayout) -> dict[str, Any]:
-    """Relative errors of one way with one set of options."""
+    """Relative errors of one backend with one set of options."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     inputs = [torch.randn(1, h, num_tokens, 64, device=DEVICE, generator=generator) for h in (8, 2, 2)]
     names = ["out", "dQ", "dK", "dV"]
@@ -103,13 +103,13 @@ def unshared(groups: list[Group]) -> PackedBatch:
     ]
     batch = pack(whole)
     ends = np.cumsum([prompt + answer for prompt, answer in lengths])
-    # The head reads answers alone: the rows before their tokens.
+    # The head only reads the rows that predict answer tokens.
     rows = np.concatenate([np.arange(e - a - 1, e - 1) for e, (_, a) in zip(ends, lengths, strict=True)])
     return replace(batch, hidden_index=torch.from_numpy(rows), targets=batch.input_ids[rows + 1])
 
 
 def make_policy(**sizes: int) -> Policy:
-    """Qwen2.5-7B's shape with fewer layers, or with other `sizes`."""
+    """Qwen2.5-7B's shape with fewer layers; `sizes` overrides entries of the configuration."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -130,10 +130,10 @@ def time_sharing(
     """Milliseconds of a step with and without sharing, their ratio, and the ratio of tokens.
 
     Args:
-        sizes: of the model, where they are not those of `make_policy`.
+        sizes: overrides of the model's sizes, see `make_policy`.
         lengths: (prompt, answer) tokens.
-        pairs: in a pack.
-        rounds: of timing.
+        pairs: pairs per pack.
+        rounds: timed rounds.
     """
     policy = make_policy(**sizes)
     out: dict[str, Any] = {"failed": []}
@@ -143,7 +143,7 @@ def time_sharing(
         shared, copies = (policy.score(batch) for batch in batches.values())
         error = (shared - copies).abs().max().item()
         if not error < policy.noise:
-            out["failed"].append(f"{prompt}/{answer}: the two differ by {error} nats, no speed")
+            out["failed"].append(f"{prompt}/{answer}: the two differ by {error} nats, so no speed is reported")
             continue
 
         def step(batch: PackedBatch) -> Tensor:
@@ -162,7 +162,7 @@ def time_sharing(
 
 
 def time_determinism(sizes: dict[str, int], prompt: int, answer: int, pairs: int, rounds: int = 12) -> dict[str, Any]:
-    """Milliseconds of a step whose attention adds in a fixed order, and of one that may not."""
+    """Milliseconds of a step whose attention sums in a fixed order, and of one that uses any order."""
     policy = make_policy(**sizes)
     batch = pack(random_groups(pairs, prompt, answer, policy.model.config.vocab_size)).to(policy.device)
 

@@ -1,4 +1,4 @@
-"""Whether the project starts on this machine, as parts of gpu_check.py: nothing is timed, everything is checked."""
+"""Does the project start on this machine? Parts of gpu_check.py that check everything and time nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def check_head(rows: int, vocab: int, dim: int, dtype: str) -> dict[str, Any]:
-    """Every kernel of the head is launched: each way, bias, softcap, figures beside the log-probs, far rows."""
+    """Launch every kernel of the head: fused and sliced, bias, softcap, per-token stats, out-of-range rows."""
     failed = []
     for case, options in CASES.items():
         for way in head_ways():
@@ -85,8 +85,8 @@ def check_training(
 ) -> dict[str, Any]:
     """Train a tiny model twice, from a file to a folder, and score it.
 
-    The first loss is ln 2 and the first margin 0 to the bit; two runs leave the same weights; attention goes one call a
-    layer where there is a kernel for it.
+    The first margin must be 0 to the bit, two runs must give identical weights, and attention must take one call per
+    layer if there is a kernel for it.
     """
     taken: set[str] = set()
     best = prefix_attention._best_way

@@ -1,11 +1,11 @@
-"""Time whole DPO steps of an 8B and a 1B shape on one GPU, dpo-fast beside TRL; each part has its own time limit.
+"""Time whole DPO steps of an 8B and a 1B shape on one GPU, dpo-fast against TRL; each part has its own time limit.
 
     python benchmarks/gpu_step.py --data rows.jsonl --out benchmarks/results/NAME.json
     python benchmarks/gpu_step.py --data rows.jsonl --out benchmarks/results/NAME.json --resume --only trl-default:32
     python benchmarks/gpu_step.py --shape tiny --out FILE                                             # on a CPU
 
 A model with random bf16 weights is written once to memory-backed disk. Each contestant loads it in its own process and
-trains it with bitsandbytes' 8-bit AdamW on the same rows, 8 or 32 pairs a step in micro-batches of 8:
+trains it with bitsandbytes' 8-bit AdamW on the same rows, 8 or 32 pairs per step in micro-batches of 8:
 
 - `dpo-fast`: packs of at most 4 x max_length tokens;
 - `trl-tuned`: TRL with the reference scored before training;
@@ -16,9 +16,9 @@ loading, tokenization, reference scoring and, unless an earlier run filled Trito
 end to end with the device synchronized; one extra step runs under the profiler. A model is its own reference before
 training, so the first loss must be ln 2; a contestant with another first loss gets no speed.
 
-A part that fails, or that no time is left for, is named and the others still run. Results are written after each part.
-One call (--budget) is too short for all parts of both shapes: `--resume` runs those that are not in the file yet. Exit
-code 0 only if every part passes.
+A part that fails or has no time left is reported, and the others still run. Results are written after each part. The
+default --budget is too short for all parts of both shapes: rerun with `--resume` for those that are missing. The exit
+code is 0 only if every part passes.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ MEMORY_DISK = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's size and how it is run.
+    """A model's size and how to run it.
 
     Attributes:
         architecture: arguments of `LlamaConfig`.
-        vocabulary: tokens of the tokenizer that is trained on the rows.
-        gigabytes: of the weights.
-        pairs: of an optimizer step, the small batch and the large one.
-        micro: pairs of a micro-batch.
-        steps: timed steps of the small batch and of the large one.
-        warmup: how many of the timed steps are discarded.
-        max_length: tokens of a prompt with an answer.
-        least_seconds: a part is not started with less time left.
+        vocabulary: vocabulary size of the tokenizer trained on the rows.
+        gigabytes: size of the weights.
+        pairs: pairs per optimizer step, for the small batch and the large one.
+        micro: pairs per micro-batch.
+        steps: timed steps, for the small batch and the large one.
+        warmup: how many of the timed steps to discard.
+        max_length: tokens of a prompt with one answer.
+        least_seconds: do not start a part with less time left.
     """
 
     architecture: dict[str, Any]
@@ -83,7 +83,7 @@ class Shape:
 
     @property
     def max_tokens_per_batch(self) -> int:
-        """Tokens of a pack: room for some 8 pairs of average length, as a micro-batch of TRL's holds."""
+        """Tokens of a pack: room for about 8 pairs of average length, like a micro-batch of TRL's."""
         return 4 * self.max_length
 
 
@@ -138,7 +138,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Part:
-    """A contestant at a shape and a number of pairs a step."""
+    """A contestant at a shape and a number of pairs per step."""
 
     shape: str
     contestant: str
@@ -146,11 +146,11 @@ class Part:
 
     @property
     def name(self) -> str:
-        """What it is called in the results and on the terminal."""
+        """Name in the results and on the terminal."""
         return f"{self.shape} {self.contestant} {self.pairs}"
 
     def is_named(self, choices: list[str]) -> bool:
-        """Whether one of `choices`, each NAME or NAME:PAIRS, means this part."""
+        """Whether one of `choices`, each NAME or NAME:PAIRS, selects this part."""
         return self.contestant in choices or f"{self.contestant}:{self.pairs}" in choices
 
     @property
@@ -161,7 +161,7 @@ class Part:
 
 
 def choose_parts(shapes: list[str], only: list[str]) -> list[Part]:
-    """Parts in the order of their value: the small batch first."""
+    """Parts in order of value: the small batch first."""
     parts = [
         Part(name, contestant, pairs) for name in shapes for pairs in SHAPES[name].pairs for contestant in CONTESTANTS
     ]
@@ -259,7 +259,7 @@ class Runner:
         return None
 
     def run(self, part: Part, folder: Path) -> dict[str, Any]:
-        """Run a part; returns its figures, or its error."""
+        """Run a part; returns its figures or its error."""
         shape, steps = SHAPES[part.shape], self.steps(part)
         if self.left < shape.least_seconds:
             return {"error": "no time left"}
@@ -282,7 +282,7 @@ class Runner:
 
 
 def checked(found: dict[str, Any], contestant: str) -> dict[str, Any]:
-    """`found`, with an error if a figure is missing; no figures where the first loss is not ln 2."""
+    """`found`, with an error if a figure is missing, and without figures if the first loss is not ln 2."""
     if "profile" not in found:
         found.setdefault("error", "it ended before its last step")
     tolerance = OWN_TOLERANCE if contestant == "dpo-fast" else PEERS_TOLERANCE
@@ -302,11 +302,11 @@ def run_process(what: str, job: Making | Contest, limit: float) -> dict[str, Any
     out = Path(job.out)
     out.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        # Tokens and reference scores must not come from a cache that another part filled.
+        # Tokens and reference scores must not come from a cache filled by another part.
         surroundings = os.environ | {"HF_HOME": scratch, "HF_HUB_OFFLINE": "1", "TMPDIR": scratch}
         surroundings["XDG_CACHE_HOME"] = scratch
         if not torch.cuda.is_available():
-            surroundings["OMP_NUM_THREADS"] = "1"  # threads for tensors of a tiny model only wait for each other
+            surroundings["OMP_NUM_THREADS"] = "1"  # on a tiny model, threads only wait for each other
         command = [sys.executable, step_contestants.__file__, what, json.dumps(asdict(job))]
         error, lines = run_limited(command, limit, surroundings)
     found = json.loads(out.read_text()) if out.exists() else {}
@@ -323,14 +323,14 @@ def run_process(what: str, job: Making | Contest, limit: float) -> dict[str, Any
 
 
 def missing(part: Part) -> str | None:
-    """Why a contestant cannot run, where packages are not installed."""
+    """Why a contestant cannot run: packages that are not installed; None if it can."""
     absent = [package for package in NEEDED[part.contestant] if importlib.util.find_spec(package) is None]
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
 @contextmanager
 def model_folder(kept: Path | None, shape: str, gigabytes: float) -> Iterator[Path]:
-    """A temporary folder for a model, in memory if there is room; or a folder under `kept`, which stays."""
+    """A temporary folder for a model, in memory if there is room; or a permanent folder under `kept`."""
     if kept is not None:
         folder = kept / shape
         folder.mkdir(parents=True, exist_ok=True)
@@ -342,7 +342,7 @@ def model_folder(kept: Path | None, shape: str, gigabytes: float) -> Iterator[Pa
 
 
 def describe_data(path: Path | None) -> str:
-    """The rows' file by name and hash, or how rows are made up."""
+    """Name and hash of the rows' file, or how synthetic rows are generated."""
     if path is None:
         return (
             f"made up, seed 0: exp(N{PROMPT_WORDS}) words a prompt, exp(N{ANSWER_WORDS}) an answer, at most {LONGEST}, "
@@ -352,7 +352,7 @@ def describe_data(path: Path | None) -> str:
 
 
 def summary(found: dict[str, Any]) -> str:
-    """One line on a part."""
+    """One line about a part."""
     figures = ""
     if "ms" in found:
         figures = f"{found['ms']['median']:.0f} ms a step, {found['pairs/s']:.2f} pairs/s, {found['peak GiB']:.1f} GiB"
@@ -360,7 +360,7 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def table(parts: list[Part], results: dict[str, Any]) -> str:
-    """Markdown: a line for each part that was timed."""
+    """Markdown: a line per timed part."""
     kinds = (*step_contestants.CLASSES, step_contestants.REST)
     head = ["part", "ms a step (from-to)", "pairs/s", "tokens/s", "peak GiB", "until step 1, s", "first loss"]
     lines = [[*head, *kinds, "idle"], ["---"] * (len(head) + len(kinds) + 1)]
@@ -385,15 +385,15 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--data", type=Path, help=".jsonl with prompt, chosen, rejected; made-up rows without it")
+    parser.add_argument("--data", type=Path, help=".jsonl with prompt, chosen, rejected; synthetic rows if omitted")
     shapes = ["8b", "1b"] if torch.cuda.is_available() else ["tiny"]
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=shapes)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME[:PAIRS]", help="these parts alone")
-    parser.add_argument("--steps", type=int, help="timed steps of each part, warm-up included")
-    parser.add_argument("--limit", type=float, default=150, help="seconds of a part")
-    parser.add_argument("--budget", type=float, default=290, help="seconds of all")
-    parser.add_argument("--resume", action="store_true", help="keep the parts that --out holds with equal settings")
-    parser.add_argument("--keep", type=Path, help="folder for the models, which stay for a later call")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME[:PAIRS]", help="only these parts")
+    parser.add_argument("--steps", type=int, help="timed steps per part, including warm-up")
+    parser.add_argument("--limit", type=float, default=150, help="seconds per part")
+    parser.add_argument("--budget", type=float, default=290, help="seconds for all parts")
+    parser.add_argument("--resume", action="store_true", help="keep parts in --out that ran with the same settings")
+    parser.add_argument("--keep", type=Path, help="keep the models in this folder for a later call")
     parser.add_argument("--fail", nargs="+", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.data is not None and not args.data.is_file():

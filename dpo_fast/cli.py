@@ -1,4 +1,4 @@
-"""The `dpo-fast` command. Heavy imports wait until a command needs them."""
+"""The `dpo-fast` command. Heavy imports are deferred until a command needs them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (the run stopped itself) or 2 (a user's mistake)."""
-    # These libraries draw bars and print advice of their own; this program has one progress line.
+    # These libraries print their own bars and advice; this program has one progress line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -125,7 +125,7 @@ def run_demo(config: DemoConfig) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: settings, what runs it, a line of help, its usage, and the field that a bare first word fills."""
+    """A subcommand: its settings, function, help line and usage, and the field that takes a bare first argument."""
 
     config: type[Any]
     run: Callable[[Any], None]
@@ -135,7 +135,7 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command(DemoConfig, run_demo, "the whole loop on this machine, small, with pictures", "[--out DIR]"),
+    "demo": Command(DemoConfig, run_demo, "the whole loop in small, on this machine, with plots", "[--out DIR]"),
     "train": Command(
         DPOConfig, run_train, "preference rows -> checkpoint", "--model M --data D [--output_dir DIR] [--key value ...]"
     ),
@@ -148,14 +148,14 @@ COMMANDS = {
     "label": Command(
         LabelConfig,
         run_label,
-        "answers -> scores, by signals or by hand",
+        "answers -> scores, from signals or people",
         "--data SAMPLES.jsonl --out F.jsonl (--signals S | --by-hand | --terminal)",
     ),
     "pair": Command(PairConfig, run_pair, "scored answers -> preference rows", "--data LABELLED.jsonl --out F.jsonl"),
     "eval": Command(
         EvalConfig,
         run_eval,
-        "a trained model beside its reference: accuracy, margins, calibration, win rate",
+        "a trained model against its reference: accuracy, margins, calibration, win rate",
         "--model M --reference R (--data PAIRS | --prompts P --signals S) [--out F.json]",
     ),
     "inspect": Command(
@@ -164,15 +164,15 @@ COMMANDS = {
         "rows token by token, under policy and reference",
         "--model M --reference R --data D [--rows '[0, 5]'] [--out F.html]",
     ),
-    "report": Command(ReportConfig, run_report, "report.html of a run", "DIR [--out F.html]", positional="run"),
+    "report": Command(ReportConfig, run_report, "write report.html for a run", "DIR [--out F.html]", positional="run"),
 }
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser with an error of one line that names the nearest option."""
+    """jsonargparse's parser, but errors take one line and suggest the closest option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print and leave with exit code 2."""
+        """Print the error and exit with code 2."""
         known = [option for action in self._actions for option in action.option_strings]
         words = _plain_words(message).split()
         guesses = [
@@ -185,12 +185,12 @@ class Parser(ArgumentParser):
 
 
 def _plain_words(message: str) -> str:
-    """jsonargparse's message on a value of a wrong type as `--max_length abc: expected int or null`; others as is."""
+    """Shorten type errors to `--max_length abc: expected int or null`; leave jsonargparse's other messages alone."""
     field = re.search(r'Parser key "(\w+)"', message)
     given = re.search(r"(?:Got value|Given value): (.*)", message)
     types = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", message)
     if not (field and given and types):
-        # jsonargparse writes the first word large or small, and types in another order, from one version to the next.
+        # jsonargparse's versions differ in the case of the first word and in the order of types.
         return message.replace("Unrecognized", "unrecognized")
     names = ["null" if name == "NoneType" else name or choices for name, choices in types]
     expected = " or ".join(sorted(names, key="null".__eq__))
@@ -200,7 +200,7 @@ def _plain_words(message: str) -> str:
 def make_parser(*, wants_help: bool = False) -> Parser:
     """The parser of all commands; options are the fields of each command's settings.
 
-    Only help names every loss, since that takes importing them, and with them PyTorch.
+    Only `--help` lists the losses, because that imports them and with them PyTorch.
     """
     from importlib.metadata import version
 
@@ -234,7 +234,7 @@ def _name_choices(parser: Parser) -> None:
 
 
 def normalize(argv: list[str]) -> list[str]:
-    """Dashes and underscores in option names are the same, and a yes-or-no option alone means yes."""
+    """Accept dashes for underscores in option names, and let a boolean option without a value mean true."""
     command = COMMANDS.get(argv[0]) if argv else None
     if command is None:
         return argv

@@ -1,7 +1,7 @@
 """Every setting, its default and its meaning, in one place.
 
-Names and defaults are those of TRL's `DPOConfig` and transformers' `TrainingArguments` where the meaning is the same;
-README.md lists the few that differ. The command line, YAML files and Python read these classes and nothing else.
+If the meaning is the same, names and defaults are those of TRL's `DPOConfig` and transformers' `TrainingArguments`;
+README.md lists the few defaults that differ. The command line, YAML files and Python all read these classes.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ class DataConfig:
     """Which rows are read and how they become tokens.
 
     Attributes:
-        data: .jsonl, .jsonl.gz, .json or .parquet file, or a Hub dataset's name (`name:split` for a split).
-        prompt_column: column of the prompt; rows without it have it inside `chosen` and `rejected`.
+        data: .jsonl, .jsonl.gz, .json or .parquet file, or a Hub dataset (`name` or `name:split`).
+        prompt_column: column of the prompt; without it, the prompt is the common start of `chosen` and `rejected`.
         chosen_column: column of the preferred answer.
         rejected_column: column of the rejected answer.
-        responses_column: column with a list of answers, where rows have no chosen and rejected.
-        scores_column: column with one number per response.
-        pairs: which responses are compared: `best_worst` the best with the worst, `adjacent` each with the next worse
+        responses_column: column with a list of answers, for rows without chosen and rejected.
+        scores_column: column with a list of scores, one per response.
+        pairs: which responses to compare: `best_worst` the best with the worst, `adjacent` each with the next worse
             one, `all` every two. Each response is computed once, however many pairs it is in.
-        min_score_gap: responses whose scores differ by less are not compared; equal scores never are.
-        weight_column: column with a number per row, 0 or above, by which its loss is multiplied; null weights none.
-        margin_column: column with a number per row, by how much the chosen answer's true score is higher, for the
-            losses that use it; rows of responses and scores know it without.
-        gold_column: column with a third answer that is better than both, for the losses that use it.
-        tools_column: column with the tools that the chat template is given.
+        min_score_gap: do not compare responses whose scores differ by less; equal scores are never compared.
+        weight_column: column with a weight per row, 0 or above, that multiplies its loss; null weights all rows by 1.
+        margin_column: column with the true score of the chosen answer minus that of the rejected one, for losses that
+            use it; rows with responses and scores do not need it.
+        gold_column: column with a third answer that is better than both, for losses that use it.
+        tools_column: column with the tools to pass to the chat template.
         chat_template: file with a Jinja chat template that replaces the tokenizer's.
         apply_chat_template: wrap plain-text rows as one user turn and one assistant turn.
-        max_length: tokens of prompt plus answer that are kept; null keeps all.
-        truncation_mode: `keep_start` cuts the end of the answer (TRL's meaning), `keep_end` the start of the
-            prompt, `drop` leaves rows that are too long out.
-        max_rows: read no more than this many rows.
+        max_length: maximum tokens of prompt plus answer; null for no limit.
+        truncation_mode: `keep_start` cuts the end of the answer (as in TRL), `keep_end` cuts the start of the prompt,
+            `drop` drops rows that are too long.
+        max_rows: read at most this many rows; null reads all.
         strict: stop at the first row that would be dropped.
     """
 
@@ -63,20 +63,21 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """Which model runs, where and in which numbers.
+    """Which model to run, on which device, in which precision.
 
     Attributes:
         model: checkpoint folder, Hub name or .gguf file.
-        device: `auto` is CUDA where there is a GPU, else the CPU.
-        dtype: of the weights; `auto` is float32.
-        bf16: run the forward and backward in bfloat16 autocast; null is true on a GPU, false on a CPU.
-        max_tokens_per_batch: token budget of one pack; null is twice `max_length`, so that any pair fits.
-        head_memory_budget_gib: GiB that the LM head may hold for its exponentials.
-        autotune: on a GPU, check and time the head's kernels once for each vocabulary and hidden size and keep the
-            fastest; false takes the defaults.
-        deterministic_attention: on a GPU, let attention's backward add in a fixed order, so that two runs give the same
-            bits; false lets it add in any order.
-        reference_store: SQLite file of reference log-probs; null is `reference.sqlite` in the user's cache folder.
+        device: `auto` is CUDA if there is a GPU, otherwise the CPU.
+        dtype: dtype of the weights; `auto` is float32.
+        bf16: run forward and backward under bfloat16 autocast; null is true on a GPU, false on a CPU.
+        max_tokens_per_batch: token budget of one pack; null leaves room for `per_device_train_batch_size` pairs of full
+            length in training, for 8 elsewhere.
+        head_memory_budget_gib: GiB of exponentials that the LM head may keep for the backward.
+        autotune: on a GPU, check and time the head's kernels once per vocabulary and hidden size and use the fastest;
+            false uses the defaults.
+        deterministic_attention: on a GPU, sum in a fixed order in attention's backward, so that runs are bit-identical;
+            false allows any order.
+        reference_store: SQLite file with reference log-probs; null is `reference.sqlite` in the user's cache folder.
     """
 
     model: str = ""
@@ -92,16 +93,16 @@ class ModelConfig:
 
 @dataclass
 class SamplingConfig:
-    """How answers are sampled.
+    """How to sample answers.
 
     Attributes:
-        num_samples: answers of a prompt, shared evenly among all models and temperatures.
-        temperature: one or several; 1 is the model's own distribution, 0 takes the likeliest tokens.
-        top_p: sample from the likeliest tokens that hold this share of the probability.
-        max_new_tokens: length at which an answer is cut.
-        generation_batch_size: answers that are written at once.
-        backend: `transformers`, or `vllm` where that is installed.
-        seed: of the sampling; each batch of prompts has a seed of its own made from it.
+        num_samples: answers per prompt, split evenly among all models and temperatures.
+        temperature: one or a list; 1 is the model's own distribution, 0 is greedy.
+        top_p: sample from the most likely tokens that make up this share of the probability.
+        max_new_tokens: maximum tokens of an answer.
+        generation_batch_size: answers to generate at once.
+        backend: `transformers`, or `vllm` if it is installed.
+        seed: random seed for sampling; each batch of prompts derives its own seed from it.
     """
 
     num_samples: int = 8
@@ -115,21 +116,21 @@ class SamplingConfig:
 
 @dataclass
 class SampleConfig(SamplingConfig):
-    """Settings of `dpo-fast sample`: those of `SamplingConfig` and the following.
+    """Settings of `dpo-fast sample`: those of `SamplingConfig`, plus the following.
 
     Attributes:
         model: checkpoint folder, Hub name or .gguf file, or a list of them.
         data: rows with a prompt, in any file or dataset that `dpo-fast train` reads; other columns are kept.
-        out: .jsonl file to write, one row a prompt.
+        out: .jsonl file to write, one row per prompt.
         prompt_column: column of the prompt, a string or messages.
-        tools_column: column with the tools that the chat template is given.
+        tools_column: column with the tools to pass to the chat template.
         chat_template: file with a Jinja chat template that replaces the tokenizer's.
-        apply_chat_template: make a prompt that is a string one user turn; null does so where the tokenizer has a chat
-            template. The rows written hold the turns, so that training needs no such option.
-        max_rows: read no more than this many rows.
-        device: `auto` is CUDA where there is a GPU, else the CPU.
-        dtype: of the weights; `auto` is bfloat16 on a GPU, float32 on a CPU.
-        overwrite: replace `out`, and what an interrupted run with other settings left behind.
+        apply_chat_template: turn a string prompt into one user turn; null does so if the tokenizer has a chat template.
+            The output rows contain the turns, so training does not need this option.
+        max_rows: read at most this many rows; null reads all.
+        device: `auto` is CUDA if there is a GPU, otherwise the CPU.
+        dtype: dtype of the weights; `auto` is bfloat16 on a GPU, float32 on a CPU.
+        overwrite: replace `out` and the leftovers of an interrupted run with other settings.
     """
 
     model: str | list[str] = ""
@@ -147,19 +148,19 @@ class SampleConfig(SamplingConfig):
 
 @dataclass
 class SignalConfig:
-    """Which signals judge an answer, and what a checker may use up.
+    """Which signals judge an answer, and the limits of a checker.
 
     Attributes:
-        signals: a signal (`json`, `regex:PATTERN`, `number:COLUMN`, ...; docs/signals.md lists them), or a list.
-        signal_weights: one factor for each of them, their sum is the score; null is 1 for all.
-        allow_commands: let `command:...` run programs.
-        timeout: seconds that a signal may take for one answer.
-        memory_limit_mib: memory of a command.
-        file_limit_mib: files that a command may write, all together.
-        output_limit_kib: what a command may print.
-        process_limit: processes that a command may run at once.
-        num_workers: answers judged at once; null is one for each processor.
-        judge_batch_size: texts that a reward model or judge reads at once.
+        signals: name of a signal (`json`, `regex:PATTERN`, `number:COLUMN`, ...; see docs/signals.md), or a list.
+        signal_weights: one weight per signal; the score is the weighted sum; null weights all by 1.
+        allow_commands: allow `command:...` to run programs.
+        timeout: time limit per answer of a signal, in seconds.
+        memory_limit_mib: memory limit of a command, in MiB.
+        file_limit_mib: total size of the files that a command may write, in MiB.
+        output_limit_kib: how much a command may print, in KiB.
+        process_limit: number of processes that a command may run at once.
+        num_workers: answers to judge at once; null is one per processor.
+        judge_batch_size: texts per batch of a reward model or judge.
     """
 
     signals: str | list[str] = ""
@@ -176,23 +177,22 @@ class SignalConfig:
 
 @dataclass
 class LabelConfig(SignalConfig):
-    """Settings of `dpo-fast label`: those of `SignalConfig` and the following.
+    """Settings of `dpo-fast label`: those of `SignalConfig`, plus the following.
 
     Attributes:
         data: rows with `prompt` and `responses`, as `dpo-fast sample` writes them.
         out: .jsonl file to write: the same rows with `scores`, `signals` and `signal_errors`.
         prompt_column: column of the prompt.
         responses_column: column with the list of answers.
-        max_rows: read no more than this many rows.
-        device: of reward models and judges; `auto` is CUDA where there is a GPU, else the CPU.
-        by_hand: let a person judge, on a page that only this machine can open.
-        terminal: let a person judge in the terminal.
-        port: of the page; 0 takes a free one.
-        pairs: which answers of a prompt a person compares.
-        repeat_share: share of the comparisons that are shown twice, to measure how well a person agrees with
-            themselves.
-        seed: of the order of comparisons and of their sides.
-        overwrite: replace `out`, and what an interrupted run with other settings left behind.
+        max_rows: read at most this many rows; null reads all.
+        device: where reward models and judges run; `auto` is CUDA if there is a GPU, otherwise the CPU.
+        by_hand: judge by hand, on a web page that only this machine can open.
+        terminal: judge by hand, in the terminal.
+        port: port of the page; 0 picks a free one.
+        pairs: which answers of a prompt to compare by hand.
+        repeat_share: share of comparisons shown twice, to measure how well judges agree with themselves.
+        seed: random seed for order, sides and repeats of comparisons.
+        overwrite: replace `out` and the leftovers of an interrupted run with other settings.
     """
 
     data: str = ""
@@ -216,21 +216,22 @@ class PairConfig:
 
     Attributes:
         data: rows with `prompt`, `responses` and `scores`, as `dpo-fast label` writes them.
-        out: .jsonl file to write, one row a pair: what `dpo-fast train --data` reads.
-        eval_out: .jsonl file of the prompts that are held out, where `eval_split` is above 0.
-        eval_split: share of the prompts that is held out; all pairs of a prompt are on one side.
+        out: .jsonl file to write, one row per pair, for `dpo-fast train --data`.
+        eval_out: .jsonl file for the pairs of held-out prompts, if `eval_split` is above 0.
+        eval_split: share of prompts to hold out; all pairs of a prompt are on one side.
         prompt_column: column of the prompt.
         responses_column: column with the list of answers.
-        scores_column: column with one number per answer; answers without one (null) are left out.
-        pairs: `best_worst` the best answer with the worst, `adjacent` each with the next worse one, `all` every two.
-        min_score_gap: answers whose scores differ by less are not compared; equal scores never are.
-        pairs_per_prompt: keep so many pairs of a prompt, those with the widest gaps; null keeps all.
-        truncated: answers that were cut at `max_new_tokens`: `never_chosen` uses them as the worse one alone, `drop`
-            leaves them out, `keep` treats them as any other.
-        balance_length: among equally good pairs take the one whose answers are nearest in length, then leave pairs out
-            until the chosen answer is as often the longer as the shorter one.
-        max_rows: read no more than this many rows.
-        seed: of the split, and of what is left out.
+        scores_column: column with a list of scores, one per answer; answers without a score (null) are left out.
+        pairs: which answers to compare: `best_worst` the best with the worst, `adjacent` each with the next worse one,
+            `all` every two.
+        min_score_gap: do not compare answers whose scores differ by less; equal scores are never compared.
+        pairs_per_prompt: maximum pairs per prompt, keeping the widest gaps; null keeps all.
+        truncated: what to do with answers cut at `max_new_tokens`: `never_chosen` only uses them as the rejected one,
+            `drop` leaves them out, `keep` treats them like any other.
+        balance_length: among pairs with the same score gap, take the one closest in length; then drop pairs until the
+            chosen answer is the longer one as often as it is the shorter one.
+        max_rows: read at most this many rows; null reads all.
+        seed: random seed for the split and for which pairs are dropped.
         overwrite: replace `out` and `eval_out`.
     """
 
@@ -256,9 +257,9 @@ class DemoConfig:
     """Settings of `dpo-fast demo`.
 
     Attributes:
-        out: folder of what the demo makes.
+        out: output folder.
         quick: a smaller run, under a minute.
-        seed: of everything random.
+        seed: random seed.
     """
 
     out: str = "demo"
@@ -268,11 +269,11 @@ class DemoConfig:
 
 @dataclass
 class ScoreConfig(ModelConfig, DataConfig):
-    """Settings of `dpo-fast score`: those of `DataConfig` and `ModelConfig`, and the following.
+    """Settings of `dpo-fast score`: those of `DataConfig` and `ModelConfig`, plus the following.
 
     Attributes:
-        out: file to write, one JSON object a pair.
-        tokens: also write the log-prob of each token.
+        out: .jsonl file to write, one JSON object per pair.
+        tokens: also write the log-probs of all tokens.
     """
 
     out: str = ""
@@ -281,14 +282,14 @@ class ScoreConfig(ModelConfig, DataConfig):
 
 @dataclass
 class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
-    """Settings of `dpo-fast eval`: those of the configurations above, and the following.
+    """Settings of `dpo-fast eval`: those of the data, model, signal and sampling settings, plus the following.
 
     Attributes:
-        reference: the model that `model` is compared with.
+        reference: the model to compare `model` with.
         beta: factor of the implicit reward.
-        prompts: file or dataset of prompts that both models answer, judged by `signals`; null compares no answers.
-        plain_prompts: give prompts that are strings to the models as they are, without the chat template.
-        out: .json file to write; the answers go beside it, into a file that ends in `.answers.jsonl`.
+        prompts: file or dataset of prompts for both models to answer, judged by `signals`; null compares no answers.
+        plain_prompts: do not apply the chat template to string prompts.
+        out: .json file to write; the answers go next to it, into a file ending in `.answers.jsonl`.
     """
 
     reference: str = ""
@@ -300,13 +301,13 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
 
 @dataclass
 class InspectConfig(ModelConfig, DataConfig):
-    """Settings of `dpo-fast inspect`: those of `DataConfig` and `ModelConfig`, and the following.
+    """Settings of `dpo-fast inspect`: those of `DataConfig` and `ModelConfig`, plus the following.
 
     Attributes:
-        reference: the model that `model` is compared with.
-        rows: numbers of the rows to show, counted from 0; null shows the first three that are usable.
+        reference: the model to compare `model` with.
+        rows: indices of the rows to show, from 0; null shows the first three usable ones.
         beta: factor of the implicit reward.
-        out: .html file to write; null shows the terminal's view alone.
+        out: .html file to write; null only prints to the terminal.
     """
 
     reference: str = ""
@@ -330,26 +331,26 @@ class ReportConfig:
 
 @dataclass
 class LossConfig:
-    """Which loss is trained with.
+    """Which loss to train with.
 
     Attributes:
-        loss_type: name of a preference loss (`dpo_fast.losses.LOSSES`), `module:function` for one of your own, or a
-            list of names whose losses are added up.
-        loss_weights: one weight for each of them; null is 1 for all.
+        loss_type: name of a preference loss (`dpo_fast.losses.LOSSES`), `module:function` for your own, or a list of
+            names for a weighted sum.
+        loss_weights: one weight per loss; null weights all by 1.
         beta: strength of the pull towards the reference.
-        label_smoothing: probability that a label is flipped, for the losses that use it.
-        f_divergence_type: what holds the policy near the reference: `reverse_kl` (DPO's), `forward_kl`, `js_divergence`
-            or `alpha_divergence`.
+        label_smoothing: probability that a label is flipped, for losses that use it.
+        f_divergence_type: divergence that keeps the policy close to the reference: `reverse_kl` (DPO's), `forward_kl`,
+            `js_divergence` or `alpha_divergence`.
         f_alpha_divergence_coef: alpha of `alpha_divergence`.
         discopop_tau: temperature of the modulation in `discopop`.
         dpop_lambda: weight of the penalty in `dpop`.
-        simpo_gamma: margin that `simpo` and `alphapo` ask for, after beta.
+        simpo_gamma: target margin of `simpo` and `alphapo`, after beta.
         alphapo_alpha: shape of the reward in `alphapo`; 0 is SimPO.
         tpo_alpha: weight of the gold answer's term in `tpo`.
-        score_scale: factor of the rows' score gaps in `odpo` and `rpo`.
+        score_scale: factor of the score gaps in `odpo` and `rpo`.
         desirable_weight: weight of chosen answers in `kto`.
         undesirable_weight: weight of rejected answers in `kto`.
-        ld_alpha: LD-DPO: the longer answer's tokens beyond the shorter one's length count by this factor; null is 1.
+        ld_alpha: LD-DPO: weight of the longer answer's tokens beyond the shorter one's length; null is 1.
         use_weighting: WPO: weight each pair by how likely the policy finds its answers.
     """
 
@@ -373,42 +374,42 @@ class LossConfig:
 
 @dataclass
 class DPOConfig(LossConfig, ModelConfig, DataConfig):
-    """Settings of a training run: those of `DataConfig`, `ModelConfig` and `LossConfig`, and the following.
+    """Settings of a training run: those of `DataConfig`, `ModelConfig` and `LossConfig`, plus the following.
 
     Attributes:
         output_dir: folder of the run.
-        ref_model: the reference, where it is not the model that training starts from.
-        sync_ref_model: TR-DPO: let the reference follow the policy; it is then kept as a second model and scores every
-            pack anew.
-        ref_model_sync_steps: optimizer steps from one such move to the next.
-        ref_model_mixup_alpha: share of the policy in the new reference, the rest is the old one.
-        eval_data: held-out rows, in any of the forms of `data`.
-        eval_split: share of `data` that is held out where `eval_data` is not given.
-        eval_steps: evaluate every so many optimizer steps; null evaluates at the end alone.
+        ref_model: the reference, if it is not the model that training starts from.
+        sync_ref_model: TR-DPO: let the reference follow the policy; it then stays in memory as a second model and
+            scores every pack.
+        ref_model_sync_steps: optimizer steps between two updates of the reference.
+        ref_model_mixup_alpha: share of the policy in the updated reference; the rest is the old reference.
+        eval_data: held-out rows, in any format that `data` takes.
+        eval_split: share of `data` to hold out if `eval_data` is not given.
+        eval_steps: evaluate every this many optimizer steps; null only evaluates at the end.
         learning_rate: peak learning rate.
-        lr_scheduler_type: a schedule of transformers (`linear`, `cosine`, `constant_with_warmup`, ...).
-        warmup_steps: steps of warm-up; below 1, a share of all steps.
-        optim: `adamw_torch`, or `adamw_8bit` through bitsandbytes.
+        lr_scheduler_type: name of a transformers schedule (`linear`, `cosine`, `constant_with_warmup`, ...).
+        warmup_steps: warm-up steps; a value below 1 is a share of all steps.
+        optim: `adamw_torch`, or `adamw_8bit` (bitsandbytes).
         adam_beta1: Adam's first decay.
         adam_beta2: Adam's second decay.
         adam_epsilon: Adam's epsilon.
-        weight_decay: on matrices; biases and norms have none.
-        max_grad_norm: norm to which the gradient is clipped; 0 does not clip.
-        per_device_train_batch_size: rows of one micro-batch, each a pair or more (`pairs`).
-        gradient_accumulation_steps: micro-batches of one optimizer step; the loss is the mean over all its pairs.
-        num_train_epochs: passes over the rows, where `max_steps` is not given.
-        max_steps: optimizer steps; -1 follows `num_train_epochs`.
-        torch_compile: compile the decoder's layers, once for packs of all sizes; needs a C++ compiler on a CPU.
-        static_shapes: fill every pack up to `max_tokens_per_batch`, so that compiled layers see one size alone.
-        gradient_checkpointing: recompute the activations of each layer in the backward.
-        activation_checkpointing: transformers' newer name of `gradient_checkpointing`; if given, it counts.
-        logging_steps: write metrics every so many steps.
-        save_steps: write a checkpoint every so many steps; 0 writes none but the final model.
-        save_total_limit: checkpoints kept; null keeps all.
-        resume: `auto` goes on from the newest whole checkpoint in `output_dir`, a folder from that one.
-        overwrite: start anew in an `output_dir` that holds a run.
-        seed: of the order of rows and of dropout.
-        dry_run: read the data, show the report and the plan, then stop.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        max_grad_norm: clip the gradient to this norm; 0 does not clip.
+        per_device_train_batch_size: rows per micro-batch, each with one or more pairs (see `pairs`).
+        gradient_accumulation_steps: micro-batches per optimizer step; the loss is the mean over all its pairs.
+        num_train_epochs: passes over the rows, if `max_steps` is not given.
+        max_steps: optimizer steps; -1 uses `num_train_epochs`.
+        torch_compile: compile the decoder layers, once for packs of all sizes; needs a C++ compiler on a CPU.
+        static_shapes: pad every pack to `max_tokens_per_batch`, so that compiled layers see a single size.
+        gradient_checkpointing: recompute each layer's activations in the backward.
+        activation_checkpointing: transformers' newer name for `gradient_checkpointing`; takes precedence if given.
+        logging_steps: write metrics every this many steps.
+        save_steps: write a checkpoint every this many steps; 0 only writes the final model.
+        save_total_limit: number of checkpoints to keep; null keeps all.
+        resume: `auto` resumes from the newest complete checkpoint in `output_dir`; a folder resumes from that one.
+        overwrite: start over in an `output_dir` that already holds a run.
+        seed: random seed for row order and dropout.
+        dry_run: read the data, print the report and the plan, then stop.
     """
 
     output_dir: str = "runs/dpo"
@@ -445,6 +446,6 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        """Settle on one name, so that the settings that are written hold one value."""
+        """Fold the two names into one, so that saved settings hold one value."""
         if self.activation_checkpointing is not None:
             self.gradient_checkpointing, self.activation_checkpointing = self.activation_checkpointing, None

@@ -54,7 +54,7 @@ def test_score_again_reads_the_store_and_gives_the_same(folder, capsys):
     main([*command, "first.jsonl"])
     capsys.readouterr()
     main([*command, "second.jsonl"])
-    assert "2 groups, all in the store" in capsys.readouterr().out
+    assert "2 rows, all cached" in capsys.readouterr().out
     assert (folder / "first.jsonl").read_text() == (folder / "second.jsonl").read_text()
     assert "token_logps" not in (folder / "first.jsonl").read_text()
 

@@ -1,4 +1,4 @@
-"""The Python of README and docs runs as it stands there."""
+"""The Python code in README and docs runs exactly as printed."""
 
 import re
 from pathlib import Path
@@ -64,3 +64,9 @@ def test_signals_block():
     assert str(names["labelled"]["scores"][:]) in first
     exec(own, names)
     assert names["brevity"]("ab", {"prompt": "abcd"}) == -0.5
+
+
+def test_the_line_that_architecture_quotes_is_in_the_code():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    (line,) = re.findall(r"`(hidden\.append\(.*\))`", page)
+    assert f"    {line}\n" in (ROOT / "dpo_fast" / "packs" / "layout.py").read_text()

@@ -6,8 +6,7 @@ no top-p), as `dpo-fast score` reports it, so answers sampled at different tempe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,9 +15,9 @@ import torch
 
 from dpo_fast.config import ModelConfig, SampleConfig, SamplingConfig
 from dpo_fast.errors import UserError
-from dpo_fast.model.attention import use_own_attention, use_packed_attention
-from dpo_fast.model.check import check_packed_forward
-from dpo_fast.model.load import pick_device
+from dpo_fast.model.attention import own_attention
+from dpo_fast.model.check import with_fitting_layout
+from dpo_fast.model.placement import pick_device
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.bins import best_fit_decreasing
 from dpo_fast.packs.layout import Group, Ranking
@@ -121,7 +120,7 @@ class TransformersWriter:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        with self._own_attention(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with own_attention(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             rows = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         return [self._up_to_the_end(row) for row in rows[:, longest:].tolist()]
@@ -130,19 +129,10 @@ class TransformersWriter:
         end = next((i for i, token in enumerate(ids) if token in self.end_tokens), len(ids) - 1)
         return ids[: end + 1]
 
-    @contextmanager
-    def _own_attention(self) -> Iterator[None]:
-        """Use the model's own attention, which keeps a cache, and packed attention again afterwards."""
-        reads_packs = self.policy.reads_packs
-        use_own_attention(self.policy.model)
-        yield
-        if reads_packs:
-            use_packed_attention(self.policy.model)
-
     def _score(self, groups: list[Group]) -> list[float]:
         """Log-prob of each group's one answer."""
         if not self._is_checked:
-            check_packed_forward(self.policy, groups)
+            self.policy = with_fitting_layout(self.policy, groups)
             self._is_checked = True
         # Copies of a prompt are adjacent and form one group, so that their prompt is computed once.
         merged: list[Group] = []

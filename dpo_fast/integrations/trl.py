@@ -11,8 +11,8 @@ docs/drop_in.md goes through all of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,20 @@ from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures,
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
 from dpo_fast.kernels.autotune import cache_dir
 from dpo_fast.losses.objective import any_loss
-from dpo_fast.model.attention import use_own_attention, use_packed_attention
-from dpo_fast.model.check import attention_windows, check_packed_forward
+from dpo_fast.model.attention import packed_attention
+from dpo_fast.model.check import attention_windows, with_fitting_layout
 from dpo_fast.model.policy import Policy, Scored
 from dpo_fast.packs.balance import BalancedSampler, group_cost
 from dpo_fast.packs.bins import best_fit_decreasing
 from dpo_fast.packs.layout import Group, PackedBatch, pack
 from dpo_fast.reference.fill import fill_reference
 from dpo_fast.reference.fingerprint import model_fingerprint
-from dpo_fast.reference.scores import Reference
+from dpo_fast.reference.scores import Reference, StoredScores
 from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.training.ranks import Ranks
 from dpo_fast.training.step import pair_losses
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-HEAD_MEMORY_BUDGET = 2 * 2**30
 
 
 def group_of(example: dict[str, Any], row: int, max_length: int | None) -> Group:
@@ -69,12 +69,10 @@ class PackCollator:
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """`packed_batch`; and `input_ids` (1, T), by which transformers counts tokens."""
         groups = [group_of(example, row, self.max_length) for row, example in enumerate(examples)]
-        references = None
+        batch = pack(groups)
         if all(name in examples[0] for name in REFERENCE_COLUMNS):
-            references = [
-                tuple(np.array(example[name], dtype=np.float32) for name in REFERENCE_COLUMNS) for example in examples
-            ]
-        batch = pack(groups, references)
+            answers = [tuple(np.array(example[name], np.float32) for name in REFERENCE_COLUMNS) for example in examples]
+            batch = replace(batch, ref_logps=StoredScores(groups, answers).score(batch))
         return {"packed_batch": batch, "input_ids": batch.input_ids[None]}
 
 
@@ -133,9 +131,8 @@ class DPOTrainer(TRLTrainer):
     def _make_policy(self, model: Any) -> Policy:
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         bf16 = bool(self.args.bf16) and base.dtype is not torch.bfloat16
-        policy = Policy(base, device=self.accelerator.device, bf16=bf16, memory_budget=HEAD_MEMORY_BUDGET)
-        policy.router_loss_coef = 0.0
-        return policy
+        device = self.accelerator.device
+        return Policy(base.to(device).eval(), device=device, bf16=bf16, router_loss_coef=0.0)
 
     def _prepare_policy(self) -> Policy:
         """The model as a `Policy`, checked once on a row; its forward then takes packs, so that wrappers see it run."""
@@ -150,14 +147,15 @@ class DPOTrainer(TRLTrainer):
         def forward(*args: Any, packed_batch: PackedBatch | None = None, **kwargs: Any) -> Any:
             if packed_batch is None:
                 return plain_forward(*args, **kwargs)
-            return policy.forward(packed_batch, want_stats=True)
+            assert self._policy is not None
+            return self._policy.forward(packed_batch, want_stats=True)
 
-        self.model.forward = forward
-        with packed_attention(policy):
-            check_packed_forward(policy, self._checked_groups(policy))
+        with packed_attention(policy.model):
+            policy = with_fitting_layout(policy, self._checked_groups(policy))
         if self.aux_loss_enabled:
-            policy.router_loss_coef = self.router_aux_loss_coef
+            policy = replace(policy, router_loss_coef=self.router_aux_loss_coef)
         self._policy = policy
+        self.model.forward = forward
         return policy
 
     def _checked_groups(self, policy: Policy) -> list[Group]:
@@ -169,29 +167,32 @@ class DPOTrainer(TRLTrainer):
     def get_train_dataloader(self) -> Any:
         """Transformers', with the rows of a step dealt to the processes so that their packs cost alike."""
         loader: Any = super().get_train_dataloader()
-        state, args = self.accelerator, self.args
+        ranks, args = Ranks.current(), self.args
         as_trl_cuts_it = any_loss(self.loss_config, lambda facts: facts.compares_pairs) or self.aux_loss_enabled
         sampler = get_sampler(loader)
-        if state.num_processes == 1 or as_trl_cuts_it or state.split_batches or sampler is None:
+        if ranks.world_size == 1 or as_trl_cuts_it or self.accelerator.split_batches or sampler is None:
             return loader
         lengths = [group_of(example, row, args.max_length) for row, example in enumerate(self.train_dataset)]
         hidden_size = self.model.config.get_text_config().hidden_size
         costs = [group_cost(len(x.prompt_ids), map(len, x.answers), hidden_size) for x in lengths]
         loader.set_sampler(
-            BalancedSampler(
-                sampler, costs, num_processes=state.num_processes, batch_size=args.per_device_train_batch_size
-            )
+            BalancedSampler(sampler, costs, num_processes=ranks.world_size, batch_size=args.per_device_train_batch_size)
         )
         return loader
 
+    def _packs(self) -> AbstractContextManager[None]:
+        """The models read packs inside, and plain batches (generation, say) outside."""
+        policies = [policy for policy in (self._policy, self._moving_reference) if policy and policy.shares_prompts]
+        return packed_attention(*(policy.model for policy in policies))
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `Trainer.train`."""
-        with packed_attention(self._policy, self._moving_reference):
+        with self._packs():
             return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's."""
-        with packed_attention(self._policy, self._moving_reference):
+        with self._packs():
             return super().evaluate(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -202,7 +203,7 @@ class DPOTrainer(TRLTrainer):
         was_training = self.model.training
         with ReferenceStore(self._store) as store:
             self._score_reference(store, groups, batch_size)
-            self.accelerator.wait_for_everyone()
+            Ranks.current().wait()
             assert self._fingerprint is not None
             found = Reference(store, self._fingerprint).lookup(groups)
         self.model.train(was_training)
@@ -219,14 +220,14 @@ class DPOTrainer(TRLTrainer):
             policy = self._make_policy(self.ref_model)
         elif hasattr(self.model, "peft_config"):
             adapter = use_adapter(self.model, adapter_name="ref" if "ref" in self.model.peft_config else None)
-        own = range(self.accelerator.process_index, len(groups), self.accelerator.num_processes)
+        own = Ranks.current().share(len(groups))
         budget = batch_size * max(group.num_tokens for group in groups)
         packs = [
             [own[i] for i in members] for members in best_fit_decreasing([groups[i].num_tokens for i in own], budget)
         ]
-        console = Console(quiet=not self.accelerator.is_main_process)
+        console = Console(quiet=not Ranks.current().is_writer)
         policy.model.eval()
-        with packed_attention(policy), adapter:
+        with packed_attention(*[policy.model] * policy.shares_prompts), adapter:
             if self._fingerprint is None:
                 scored = self.model if self.ref_model is None else self.ref_model
                 self._fingerprint = model_fingerprint(scored, numerics=policy.numerics)
@@ -240,15 +241,14 @@ class DPOTrainer(TRLTrainer):
         assert self._policy is not None
         batch = inputs["packed_batch"].to(self.accelerator.device)
         if self._moving_reference is not None:
-            with torch.no_grad():
-                batch = replace(batch, ref_logps=self._moving_reference.token_logps(batch))
+            batch = replace(batch, ref_logps=self._moving_reference.score(batch))
         scored: Scored = model(packed_batch=batch)
         pairs, losses = pair_losses(batch, scored, self.loss_config)
         loss = losses.mean()
         if scored.router_loss is not None:
             loss = loss + scored.router_loss
         figures = micro_batch_figures(
-            batch, pairs, losses, scored, beta=self.loss_config.beta, router_loss_coef=self._policy.router_loss_coef
+            batch, pairs, losses, scored, beta=self.loss_config.beta, router_loss_coef=self._policy.router_loss_weight
         )
         self._figures["train" if self.model.training else "eval"].add(figures)
         self._num_tokens += num_unshared_tokens(batch) if self.model.training else 0
@@ -257,22 +257,9 @@ class DPOTrainer(TRLTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add TRL's figures since the last report: the one place where the loop waits for the device."""
         mode = "train" if self.model.training else "eval"
-        figures = self._figures[mode].read(lambda x: self.accelerator.reduce(x, "sum"), self._num_tokens)
+        figures = self._figures[mode].read(Ranks.current().sum, self._num_tokens)
         self._metrics[mode].update({name: [value] for name, value in figures.items()})
         super().log(logs, start_time)
-
-
-@contextmanager
-def packed_attention(*policies: Policy | None) -> Iterator[None]:
-    """The models read packs inside, and plain batches (generation, say) again outside."""
-    changed = [policy for policy in policies if policy and policy.shares_prompts and not policy.reads_packs]
-    for policy in changed:
-        use_packed_attention(policy.model)
-    try:
-        yield
-    finally:
-        for policy in changed:
-            use_own_attention(policy.model)
 
 
 def _list_column(arrays: Sequence[np.ndarray]) -> pa.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +29,16 @@ class NoLayout(CannotPack, ValueError):
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let the model's attention read packs. It stays set: gradient checkpointing runs forwards in the backward."""
+    """Let the model's attention read packs. This persists: gradient checkpointing runs forwards in the backward."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
+    # Registered once: `Policy.compiled` replaces it, and a model that is loaded later must not undo that.
+    if PACKED_ATTENTION not in AttentionInterface():
+        AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
     model.set_attn_implementation(PACKED_ATTENTION)
 
 
-def _packed_attention(
+def packed_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -79,8 +83,38 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
-    """Undo `use_packed_attention`: the model reads plain batches, by the best attention that it has of its own."""
+    """Undo `use_packed_attention`: the model reads plain batches through the best attention of its own."""
     try:
         model.set_attn_implementation("sdpa")
     except ValueError:  # this architecture has none
         model.set_attn_implementation("eager")
+
+
+def reads_packs(model: PreTrainedModel) -> bool:
+    """Whether the model is set to packed attention at the moment."""
+    return bool(model.config._attn_implementation == PACKED_ATTENTION)
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model reads plain batches inside, and what it read before outside."""
+    was_packed = reads_packs(model)
+    use_own_attention(model)
+    try:
+        yield
+    finally:
+        if was_packed:
+            use_packed_attention(model)
+
+
+@contextmanager
+def packed_attention(*models: PreTrainedModel) -> Iterator[None]:
+    """The models read packs inside, and what they read before outside."""
+    changed = [model for model in models if not reads_packs(model)]
+    for model in changed:
+        use_packed_attention(model)
+    try:
+        yield
+    finally:
+        for model in changed:
+            use_own_attention(model)

@@ -1,10 +1,11 @@
-"""Whether packs give a model's own log-probs: the check of every start."""
+"""Whether packs give a model's own log-probs: the check at every start."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.errors import UserError
-from dpo_fast.model.attention import CannotPack, NoLayout, use_own_attention, use_packed_attention
+from dpo_fast.model.attention import CannotPack, NoLayout, own_attention, packed_attention, use_own_attention
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group, pack
 
@@ -26,44 +27,80 @@ WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_
 CHECKED_TOKENS = 64
 
 
-@torch.no_grad()
-def check_packed_forward(policy: Policy, groups: list[Group]) -> None:
-    """Compare a packed group, and one beyond each window, with the model's own forward, one answer at a time.
+@dataclass(frozen=True)
+class Verdict:
+    """What the check found.
 
-    This is what turns an architecture that packs do not fit (a recurrent one, another mask) into answers computed one
-    by one, with a warning, and one whose head is another into a message: never a silent wrong answer. It costs one
-    short forward a start.
+    Attributes:
+        shares_prompts: whether answers in a pack that share one prompt have the log-probs of the model's own forward.
+        reason: why not; empty if they do.
+    """
+
+    shares_prompts: bool
+    reason: str = ""
+
+
+def with_fitting_layout(policy: Policy, groups: list[Group]) -> Policy:
+    """The policy itself if packs fit its architecture, else one that computes answer by answer, with a warning.
 
     Raises:
-        UserError: even one by one a log-prob differs by more than the dtype's noise.
+        UserError: neither layout gives the model's own log-probs.
     """
-    telling = _telling_groups(groups, attention_windows(policy.model))
-    packed, reason = [], ""
-    try:
-        packed = [policy.score(pack([group])) for group in telling]
-    except NoLayout:
-        reason = "its attention is not told where answers begin"
-    except CannotPack as feature:
-        reason = str(feature)
-    use_own_attention(policy.model)
-    plain = [torch.cat([_plain_logps(policy, group, answer) for answer in group.answers]) for group in telling]
-    if packed:
-        difference, row = _largest_difference(packed, plain, telling)
-        if difference <= policy.noise:
-            use_packed_attention(policy.model)
-            return
-        reason = f"row {row} comes out {difference:.2g} nats off"
-    policy.shares_prompts = False
-    name = type(policy.model).__name__
+    verdict = check_packed_forward(policy, groups)
+    if verdict.shares_prompts:
+        return policy
     logger.warning(
-        "%s cannot share a prompt among answers (%s): each answer is computed with a prompt of its own", name, reason
+        "%s cannot share a prompt among answers (%s): each answer is computed with its own copy of the prompt",
+        type(policy.model).__name__,
+        verdict.reason,
     )
-    difference, row = _largest_difference([policy.score(pack([group])) for group in telling], plain, telling)
+    use_own_attention(policy.model)
+    return replace(policy, shares_prompts=False)
+
+
+@torch.no_grad()
+def check_packed_forward(policy: Policy, groups: list[Group]) -> Verdict:
+    """Compare packed groups with the model's own forward, one answer at a time; policy and model stay as they are.
+
+    One group is checked, and one longer than each attention window. An architecture that packs do not fit (recurrent,
+    another mask) is thus computed answer by answer, and one with another head is refused: never silently wrong. It
+    costs one short forward per start.
+
+    Raises:
+        UserError: even answer by answer a log-prob differs by more than the dtype's rounding.
+    """
+    probes = _probe_groups(groups, attention_windows(policy.model))
+    with own_attention(policy.model):
+        plain = [torch.cat([_plain_logps(policy, group, answer) for answer in group.answers]) for group in probes]
+    reason = _why_not_packed(replace(policy, shares_prompts=True), probes, plain)
+    if not reason:
+        return Verdict(shares_prompts=True)
+    unshared = replace(policy, shares_prompts=False)
+    with own_attention(policy.model):
+        difference, row = _largest_difference(_scores(unshared, probes), plain, probes)
     if not difference <= policy.noise:
         raise UserError(
-            f"{name} gives other log-probs than its own forward (row {row}: {difference:.2g} nats apart, "
-            f"expected at most {policy.noise:g}): its head is not supported yet"
+            f"{type(policy.model).__name__} gives other log-probs than its own forward (row {row}: {difference:.2g} "
+            f"nats apart, expected at most {policy.noise:g}): its head is not supported yet"
         )
+    return Verdict(shares_prompts=False, reason=reason)
+
+
+def _why_not_packed(policy: Policy, probes: list[Group], plain: list[Tensor]) -> str:
+    """Why the packed log-probs are not the plain ones; empty if they are."""
+    try:
+        with packed_attention(policy.model):
+            packed = _scores(policy, probes)
+    except NoLayout:
+        return "its attention is not told where answers begin"
+    except CannotPack as feature:
+        return str(feature)
+    difference, row = _largest_difference(packed, plain, probes)
+    return "" if difference <= policy.noise else f"row {row} differs by {difference:.2g} nats"
+
+
+def _scores(policy: Policy, groups: list[Group]) -> list[Tensor]:
+    return [policy.score(pack([group])).cpu() for group in groups]
 
 
 def attention_windows(model: PreTrainedModel) -> set[int]:
@@ -72,15 +109,15 @@ def attention_windows(model: PreTrainedModel) -> set[int]:
     return {value for name in WINDOWS if type(value := getattr(config, name, None)) is int}
 
 
-def _telling_groups(groups: list[Group], windows: set[int]) -> list[Group]:
+def _probe_groups(groups: list[Group], windows: set[int]) -> list[Group]:
     """The cheapest group in which a state that leaks from answer to answer would show, else the longest.
 
-    And for each window the cheapest one that does not fit in it: where there is none, it cuts nothing.
+    And for each window the cheapest group that exceeds it; if there is none, the window cuts nothing.
     """
-    telling = [group for group in groups if len(group.prompt_ids) and min(map(len, group.answers)) > 1]
-    kinds = [[group for group in telling if group.num_tokens >= CHECKED_TOKENS] or [max(groups, key=_num_tokens)]]
+    candidates = [group for group in groups if len(group.prompt_ids) and min(map(len, group.answers)) > 1]
+    kinds = [[group for group in candidates if group.num_tokens >= CHECKED_TOKENS] or [max(groups, key=_num_tokens)]]
     for window in sorted(windows):
-        kinds.append([group for group in telling if len(group.prompt_ids) + max(map(len, group.answers)) > window])
+        kinds.append([group for group in candidates if len(group.prompt_ids) + max(map(len, group.answers)) > window])
     cheapest = [min(kind, key=_num_tokens) for kind in kinds if kind]
     return list({id(group): group for group in cheapest}.values())
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, on the device that is asked for."""
+"""Models and tokenizers by name."""
 
 from __future__ import annotations
 
@@ -13,34 +13,6 @@ from dpo_fast.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_fast.model.attention import use_packed_attention
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type == "cuda" and device.index is not None:
-            # Libraries that launch kernels of their own (Triton, bitsandbytes) do it on the current device.
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here: {_first_line(error)}") from error
-    _refuse_old_gpus(device)
-    return device
-
-
-def _refuse_old_gpus(device: torch.device) -> None:
-    """Neither flash attention nor bf16 products exist before compute capability 8.0."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        name, (major, minor) = torch.cuda.get_device_name(device), capability
-        raise UserError(
-            f"{name}: compute capability {major}.{minor}, expected 8.0 (Ampere) or above; or pass --device cpu"
-        )
 
 
 def _source(model: str) -> tuple[str, dict[str, Any]]:

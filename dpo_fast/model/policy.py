@@ -21,12 +21,14 @@ from dpo_fast.kernels.token_stats import TokenStats
 from dpo_fast.packs.layout import PackedBatch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from dpo_fast.model.attention import PACKED_ATTENTION, _packed_attention
-from dpo_fast.model.load import load_model, pick_device
+    from transformers import PreTrainedTokenizerBase
+from dpo_fast.model.attention import PACKED_ATTENTION, packed_attention_forward
+from dpo_fast.model.load import load_model
+from dpo_fast.model.placement import Placement
 
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
 NUMERICS_VERSION = 2
+HEAD_MEMORY_BUDGET = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -53,54 +55,45 @@ class _Decoded:
     router_logits: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, eq=False)
 class Policy:
-    """A model with what it needs to score packs: its device, its compute dtype and the head's memory budget."""
+    """A model with what it takes to score packs; a setting is changed by `dataclasses.replace`.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        device: torch.device,
-        bf16: bool,
-        memory_budget: int,
-        deterministic_attention: bool = True,
-    ) -> None:
-        """Take a model.
+    Attributes:
+        model: from `load_model`, on `device` and set to read packs.
+        device: of the model.
+        bf16: run the model in bfloat16 autocast.
+        memory_budget: bytes that the head may keep.
+        deterministic_attention: let attention's backward add in a fixed order on a GPU, too.
+        shares_prompts: lay a prompt out once for all its answers; false computes answer by answer.
+        static_tokens: fill every pack up to this many tokens, so that compiled layers see one size; None fills none.
+        is_compiled: whether the decoder's layers are compiled.
+        router_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out, None takes the
+            model's own coefficient if its configuration asks for balancing, as in transformers.
+    """
 
-        Args:
-            model: from `load_model`.
-            device: it is moved there.
-            bf16: run it in bfloat16 autocast.
-            memory_budget: bytes that the head may keep.
-            deterministic_attention: let attention's backward add in a fixed order on a GPU, too.
-        """
-        self.model: Any = model
-        model.to(device=device)  # type: ignore[call-arg]
-        model.eval()
-        self.device = device
-        self.bf16 = bf16
-        self.memory_budget = memory_budget
-        self.deterministic_attention = deterministic_attention
-        self.shares_prompts = True
-        self.is_compiled = False
-        self.static_tokens: int | None = None
-        # As in transformers, a mixture of experts is balanced where its configuration says so; 0 does not balance it.
-        balanced = getattr(model.config, "output_router_logits", False)
-        self.router_loss_coef: float = getattr(model.config, "router_aux_loss_coef", 0.0) if balanced else 0.0
+    model: Any
+    device: torch.device
+    bf16: bool = False
+    memory_budget: int = HEAD_MEMORY_BUDGET
+    deterministic_attention: bool = True
+    shares_prompts: bool = True
+    static_tokens: int | None = None
+    is_compiled: bool = False
+    router_loss_coef: float | None = None
 
     @classmethod
     def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
         """Load `name`, by default `config.model`, as the configuration says."""
         if config.head_memory_budget_gib < 0:
             raise UserError(f"--head_memory_budget_gib {config.head_memory_budget_gib}: expected 0 or above")
-        device = pick_device(config.device)
+        place = Placement.of(config)
         autotune.enabled = config.autotune
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+        model: Any = load_model(name or config.model, place.dtype)
         return cls(
-            load_model(name or config.model, dtype),
-            device=device,
-            bf16=bf16 and dtype is torch.float32,
+            model.to(device=place.device).eval(),
+            device=place.device,
+            bf16=place.bf16,
             memory_budget=int(config.head_memory_budget_gib * 2**30),
             deterministic_attention=config.deterministic_attention,
         )
@@ -109,11 +102,6 @@ class Policy:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
         return torch.bfloat16 if self.bf16 else self.model.dtype
-
-    @property
-    def reads_packs(self) -> bool:
-        """Whether the model is set to packed attention at the moment."""
-        return bool(self.model.config._attn_implementation == PACKED_ATTENTION)
 
     @property
     def numerics(self) -> str:
@@ -185,19 +173,27 @@ class Policy:
         return self.model.model if decoder is self.model else decoder  # Llama 4 gives itself
 
     def _decode(self, ids: Tensor, **arguments: Any) -> _Decoded:
-        if self.router_loss_coef:
+        if self.router_loss_weight:
             arguments["output_router_logits"] = True
         with self.autocast():
             outputs = self._decoder(input_ids=ids[None], use_cache=False, **arguments)
         return _Decoded(outputs.last_hidden_state[0], tuple(getattr(outputs, "router_logits", None) or ()))
 
+    @property
+    def router_loss_weight(self) -> float:
+        """The factor of the load-balancing loss; 0 if there is none."""
+        if self.router_loss_coef is not None:
+            return self.router_loss_coef
+        balanced = getattr(self.model.config, "output_router_logits", False)
+        return float(getattr(self.model.config, "router_aux_loss_coef", 0.0)) if balanced else 0.0
+
     def _router_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor | None:
-        """The load-balancing loss of the model's own class, times its coefficient; None where there is none."""
-        if not self.router_loss_coef or not router_logits:
+        """The load-balancing loss of the model's own class, times its coefficient; None if there is none."""
+        if not self.router_loss_weight or not router_logits:
             return None
         balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
         loss = balance(router_logits, self.model.num_experts, self.model.num_experts_per_tok)
-        return self.router_loss_coef * loss
+        return self.router_loss_weight * loss
 
     def _head(self, rows: Tensor, targets: Tensor, *, want_stats: bool) -> tuple[Tensor, TokenStats | None]:
         """Log-probs of `targets` (N,) under the LM head, from the hidden states `rows` (N, D) one position earlier."""
@@ -221,8 +217,8 @@ class Policy:
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:
-        """(N,) fp32 log-probs on the CPU, without gradients; `batch` may lie anywhere."""
-        return self.token_logps(batch.to(self.device)).cpu()
+        """(N,) fp32 log-probs on the policy's device, without gradients; `batch` may lie anywhere."""
+        return self.token_logps(batch.to(self.device))
 
     def set_trainable(self, *, gradient_checkpointing: bool) -> None:
         """Switch to training mode."""
@@ -232,15 +228,18 @@ class Policy:
             new_name = "activation_checkpointing_enable"
             getattr(self.model, new_name if hasattr(self.model, new_name) else "gradient_checkpointing_enable")()
 
-    def compile_layers(self, *, backend: str = "inductor") -> None:
-        """Compile the decoder's layers with `torch.compile`, for packs of all sizes or for that of `static_tokens`.
+    def compiled(self, *, backend: str = "inductor") -> Policy:
+        """With the decoder's layers under `torch.compile`, for packs of all sizes or for that of `static_tokens`.
 
-        Attention stays as it is: its loop over segments is another one for every pack.
+        Attention stays eager: its loop over segments differs from pack to pack. The layers are compiled in place.
+
+        Raises:
+            UserError: the model does not name its layers.
         """
         from transformers import AttentionInterface
 
         # Registered last, so that a check of the packed forward comes before.
-        AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(_packed_attention))
+        AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention_forward))
         names = set(getattr(self.model, "_no_split_modules", None) or ())
         layers = [module for module in self.model.modules() if type(module).__name__ in names]
         if not layers:
@@ -248,7 +247,7 @@ class Policy:
         for layer in layers:
             # None: for the first size, and once more for all others if another comes, as of a row above the budget.
             layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
-        self.is_compiled = True
+        return replace(self, is_compiled=True)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""

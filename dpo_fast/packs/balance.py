@@ -1,10 +1,10 @@
 """Which process takes which groups, so that none waits for another.
 
-A group costs what grows with its length and what grows with its square, in tokens' worth of work:
+The cost of a group has a linear and a quadratic term in its length; the unit is the work of one token:
 
     cost = T + E / 6D        T tokens, E attention scores: P²/2 of the prompt, A (P + A/2) of each answer
 
-A decoder layer of width D spends about 24 D² flop on a token's products and 4 D on a score: 6D scores are a token.
+A decoder layer of width D spends about 24 D² flop on a token's products and 4 D on a score: 6 D scores cost a token.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from typing import Any
 
 
 def group_cost(prompt_length: int, answer_lengths: Iterable[int], hidden_size: int) -> float:
-    """Work of a group whose prompt is computed once, in tokens' worth."""
+    """Work of a group whose prompt is computed once; the unit is the work of one token."""
     answers = list(answer_lengths)
     scores = prompt_length**2 / 2 + sum(length * (prompt_length + length / 2) for length in answers)
     return prompt_length + sum(answers) + scores / (6 * hidden_size)
 
 
 def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
-    """Share items out, equally many to each and of costs as equal as the greedy rule finds.
+    """Split items into shares of the same size and of costs as equal as a greedy rule gets them.
 
     Args:
-        costs: of each item; their number is a multiple of `num_shares`.
+        costs: cost of each item; the number of items must be a multiple of `num_shares`.
         num_shares: at least 1.
 
     Returns:
-        Indices of each share's items. The same input gives the same shares.
+        Indices of each share's items; deterministic.
+
+    Raises:
+        ValueError: the items cannot be split evenly.
     """
     size, rest = divmod(len(costs), num_shares)
     if rest:
         raise ValueError(f"costs: expected a multiple of {num_shares} items, got {len(costs)}")
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     sums = [0.0] * num_shares
-    # The costliest first, each to the share that has least so far and room.
+    # Most expensive first, each to the cheapest share that still has room.
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         target = min((k for k in range(num_shares) if len(shares[k]) < size), key=lambda k: (sums[k], k))
         shares[target].append(item)
@@ -44,10 +47,13 @@ def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
 
 
 class BalancedSampler:
-    """A sampler's indices, every micro-batch of all processes dealt anew: the same rows in a step, other neighbours."""
+    """Reorders a sampler's indices between processes within each micro-batch: every step keeps its rows."""
 
     def __init__(self, sampler: Any, costs: Sequence[float], *, num_processes: int, batch_size: int) -> None:
-        """Take a sampler of indices into `costs`; process k takes every k-th run of `batch_size` indices."""
+        """Wrap a sampler of indices into `costs`.
+
+        Of every `num_processes` runs of `batch_size` indices, process k takes the k-th.
+        """
         self.sampler = sampler
         self._costs = costs
         self._num_processes = num_processes
@@ -56,7 +62,7 @@ class BalancedSampler:
     def __iter__(self) -> Iterator[int]:
         order = list(self.sampler)
         whole = len(order) - len(order) % self._window
-        # An end that is no whole micro-batch is filled up with the epoch's first rows, so these stay where they are.
+        # An incomplete last micro-batch is filled up with the epoch's first rows, so these must stay in place.
         start = 0 if whole == len(order) else min(self._window, whole)
         yield from order[:start]
         for first in range(start, whole, self._window):
@@ -69,6 +75,6 @@ class BalancedSampler:
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass an epoch on to a sampler that has another order in each."""
+        """Pass the epoch on to a sampler whose order depends on it."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)

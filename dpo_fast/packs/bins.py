@@ -1,4 +1,4 @@
-"""Which groups are trained on together: optimizer steps, and the packs that each step is laid out in."""
+"""Which groups are trained on together: optimizer steps, and the packs of each step."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import xxhash
 
 
 def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Lay items into as few bins as the best-fit-decreasing rule finds (at most 11/9 of the optimum, plus one).
+    """Put items into as few bins as best-fit decreasing finds (at most 11/9 of the optimum, plus one).
 
     Args:
         lengths: tokens of each item.
-        budget: tokens of a bin; an item above it gets a bin of its own.
+        budget: tokens of a bin; a larger item gets a bin to itself.
 
     Returns:
-        Indices of each bin's items. The same input gives the same bins.
+        Indices of each bin's items; deterministic.
     """
     bins: list[list[int]] = []
-    # Sorted (room left, bin): the first one with enough room is the tightest fit.
+    # Sorted (room left, bin): the first with enough room is the tightest fit.
     room: list[tuple[int, int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         place = bisect_left(room, (lengths[item], -1))
@@ -36,13 +36,13 @@ def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 class StepSampler:
-    """Optimizer steps, epoch after epoch, for ever; each step is a list of packs, each pack a list of group indices.
+    """Yields optimizer steps without end; each step is a list of packs, each pack a list of group indices.
 
-    An epoch is a seeded random order of all groups, cut into steps; the last step of an epoch may be smaller.
+    An epoch is a seeded random order of all groups, split into steps; the last step of an epoch may be smaller.
     """
 
     def __init__(self, lengths: Sequence[int], *, groups_per_step: int, max_tokens: int, seed: int) -> None:
-        """Take the groups' lengths in tokens, the groups of a step, the tokens of a pack, and the seed."""
+        """Take each group's length in tokens, the groups per step, the token budget of a pack and the seed."""
         assert lengths, "a sampler needs at least one group"
         assert groups_per_step > 0
         self._lengths = list(lengths)
@@ -54,7 +54,7 @@ class StepSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that see every group once."""
+        """Steps that it takes to see every group once."""
         return -(-len(self._lengths) // self._groups_per_step)
 
     def __iter__(self) -> StepSampler:
@@ -73,14 +73,14 @@ class StepSampler:
         return self._order_of[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler stands, and what it must be told again to go on."""
+        """The position, and the settings that a resumed run must share."""
         return {"step": self._step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the steps that were taken.
+        """Continue after the steps taken before.
 
         Raises:
-            ValueError: the state belongs to other data or settings; the message names them.
+            ValueError: the state is from different data or settings; the message names them.
         """
         own = self._identity()
         differing = [f"{name} is {own[name]}, was {state[name]}" for name in own if own[name] != state[name]]

@@ -1,4 +1,4 @@
-"""How many tokens a pack may have."""
+"""How many tokens a pack may hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpo_fast.packs.layout import Group
 
 
 def token_budget(config: Any, groups: Sequence[Group], pairs: int) -> int:
-    """Tokens of one pack: `max_tokens_per_batch`, else room for `pairs` pairs of full length."""
+    """Token budget of a pack: `max_tokens_per_batch` if set, otherwise room for `pairs` pairs of full length."""
     if config.max_tokens_per_batch is not None:
         if config.max_tokens_per_batch < 1:
             raise UserError(f"--max_tokens_per_batch {config.max_tokens_per_batch}: expected a number above 0")

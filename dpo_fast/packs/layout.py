@@ -1,19 +1,19 @@
 """The one layout that data, model, reference store and loss share.
 
-A group is one prompt and its k answers; a pair is a group with k = 2. A pack lays whole groups side by side,
-each prompt once:
+A group is one prompt and its k answers; a pair is a group with k = 2. A pack is whole groups side by side, each with
+its prompt once:
 
     input_ids      p p p p a a a b b | q q q c c d d d      (T,)  two groups, no padding
     position_ids   0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 3 4 5      every answer continues from its prompt's end
-    segment        0 0 0 0 1 1 1 2 2 | 3 3 3 4 4 5 5 5      (M segments) what one attention call sees
+    segment        0 0 0 0 1 1 1 2 2 | 3 3 3 4 4 5 5 5      (M segments) one causal attention call each
 
-The query segments tile the pack. The keys of a prompt segment are itself; the keys of an answer segment are
-[its prompt, itself], gathered by `kv_index`, causal and aligned at the bottom right. So `cu_seqlens_q` and
-`cu_seqlens_k` differ, which is what varlen attention kernels take.
+The query segments tile the pack. A prompt segment's keys are itself; an answer segment's keys are [its prompt,
+itself], gathered by `kv_index`, causal and aligned at the bottom right. So `cu_seqlens_q` and `cu_seqlens_k` differ,
+which varlen attention kernels support.
 
-The log-prob of an answer token is read from the hidden state one position earlier; for the first token of every
-answer that is the prompt's last token. `hidden_index` and `targets` list those (row, token) couples, the only rows
-that ever reach the LM head, answer by answer: `cu_answers` marks where each answer begins.
+The log-prob of an answer token is read from the hidden state one position earlier; for the first token of each answer
+that is the prompt's last token. `hidden_index` and `targets` list these (row, token) pairs answer by answer; no other
+rows reach the LM head. `cu_answers` marks where each answer starts.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """What is known of a row's k answers, in whatever form they are.
+    """How a row's k answers compare, whatever form they are in.
 
     Attributes:
         pairs: (chosen, rejected) indices of answers; every answer is in a pair or is the gold one.
-        scores: the answers' true scores, not finite for one without; or None.
-        gold: index of an answer that is better than all that are paired, or None.
+        scores: true scores of the answers, non-finite if an answer has none; or None.
+        gold: index of an answer that is better than all paired ones, or None.
         weight: factor of the row's loss.
     """
 
@@ -44,7 +44,7 @@ class Ranking:
     weight: float = 1.0
 
     def keep(self, pairs: Sequence[tuple[int, int]]) -> tuple[list[int], Ranking]:
-        """Leave only these pairs: the answers that are still used, in order, and the ranking of those."""
+        """Keep only these pairs; returns the indices of the answers still in use, in order, and their ranking."""
         used = sorted({i for pair in pairs for i in pair} | (set() if self.gold is None else {self.gold}))
         place = {i: k for k, i in enumerate(used)}
         return used, Ranking(
@@ -60,10 +60,10 @@ class Group:
     """One prompt and its answers, as token ids.
 
     Attributes:
-        row: index of the row in its source, counted from 0, for messages.
+        row: index of the row in its source, from 0, for messages.
         prompt_ids: (L,) int32, may be empty.
         answers: k arrays (A_i,) int32, each with at least one token, end token included.
-        ranking: of the answers.
+        ranking: how the answers compare.
     """
 
     row: int
@@ -78,12 +78,12 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the group takes in a pack, its prompt counted once."""
+        """Tokens of the group in a pack, with its prompt counted once."""
         return len(self.prompt_ids) + sum(len(answer) for answer in self.answers)
 
     @property
     def num_unshared_tokens(self) -> int:
-        """Tokens that the group would take with one copy of the prompt per answer."""
+        """Tokens of the group with one copy of the prompt per answer."""
         return len(self.prompt_ids) * len(self.answers) + sum(len(answer) for answer in self.answers)
 
 
@@ -94,16 +94,16 @@ class PackedBatch:
     Attributes:
         input_ids, position_ids: (T,) int64.
         cu_seqlens_q, cu_seqlens_k: (M + 1,) int64 on the CPU; bounds of each segment's queries and keys.
-        kv_index: (K,) int64, rows of the pack that form the keys of all segments, one after another.
-        hidden_index: (N,) int64, the row whose hidden state predicts the target.
+        kv_index: (K,) int64, rows of the pack that are the keys of all segments, concatenated.
+        hidden_index: (N,) int64, the row whose hidden state predicts each target; only these rows reach the LM head.
         targets: (N,) int64 token ids.
         cu_answers: (S + 1,) int64, bounds of each answer's targets.
-        answer_segments: S numbers of segments, the answers' own.
+        answer_segments: S indices of segments, one per answer.
         chosen, rejected: (P,) int64, indices of answers.
         pair_rows: P source rows, for messages.
-        num_pair_tokens: scored tokens of all pairs; an answer counts in each pair that it is in.
-        weights: (P,) fp32 factors of the pairs' losses; None where all are 1.
-        score_gaps: (P,) fp32, true score of the chosen answer less that of the rejected one; None unless all have one.
+        num_pair_tokens: scored tokens of all pairs; an answer counts once for each of its pairs.
+        weights: (P,) fp32 factors of the pairs' losses; None if all are 1.
+        score_gaps: (P,) fp32, true score of the chosen minus that of the rejected answer; None unless all have one.
         gold: (P,) int64, index of an answer better than both; None unless all have one.
         ref_logps: (N,) fp32 reference log-probs of the targets, or None.
     """
@@ -138,11 +138,11 @@ class PackedBatch:
 
     @property
     def answer_lengths(self) -> Tensor:
-        """(S,) int64 number of scored tokens of each answer."""
+        """(S,) int64 number of scored tokens per answer."""
         return self.cu_answers.diff()
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same pack with its tensors on `device`; the segment bounds stay on the CPU, where loops read them."""
+        """The same pack with its tensors on `device`; segment bounds stay on the CPU, where loops read them."""
         on_host = ("cu_seqlens_q", "cu_seqlens_k")
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
@@ -152,14 +152,10 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | None = None) -> PackedBatch:
-    """Lay groups side by side.
+def pack(groups: Sequence[Group]) -> PackedBatch:
+    """Lay groups side by side, one at least.
 
-    Args:
-        groups: at least one.
-        ref_logps: for each group and each of its answers, fp32 log-probs of the scored tokens.
-
-    An answer whose prompt is empty has no token before its first one, so that first token is not scored.
+    If the prompt is empty, nothing precedes an answer's first token, so that token is not scored.
     """
     assert groups, "a pack holds at least one group"
     ids: list[np.ndarray] = []
@@ -198,15 +194,11 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
             ids.append(answer)
             positions.append(np.arange(prompt_len, prompt_len + len(answer)))
             keys.append(np.concatenate([prompt, own]))
-            before = prompt[-1:]  # empty where the prompt is
+            before = prompt[-1:]  # empty if the prompt is
             hidden.append(np.concatenate([before, own[:-1]]))
             targets.append(answer[len(answer) - len(hidden[-1]) :])
             start += len(answer)
         num_answers += len(group.answers)
-    flat_ref = None
-    if ref_logps is not None:
-        flat_ref = torch.from_numpy(np.concatenate([a for group in ref_logps for a in group]).astype(np.float32))
-        assert len(flat_ref) == sum(map(len, targets)), "one reference log-prob per scored token"
     return PackedBatch(
         input_ids=_join(ids),
         position_ids=_join(positions),
@@ -224,7 +216,6 @@ def pack(groups: Sequence[Group], ref_logps: Sequence[Sequence[np.ndarray]] | No
         weights=torch.tensor(weights) if set(weights) - {1.0} else None,
         score_gaps=torch.tensor(gaps) if len(gaps) == len(rows) else None,
         gold=torch.tensor(gold, dtype=torch.int64) if len(gold) == len(rows) else None,
-        ref_logps=flat_ref,
     )
 
 

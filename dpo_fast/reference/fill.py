@@ -10,7 +10,7 @@ from rich.console import Console
 from dpo_fast.config import ModelConfig
 from dpo_fast.console import progress_line, say
 from dpo_fast.kernels.autotune import cache_dir
-from dpo_fast.model.check import check_packed_forward
+from dpo_fast.model.check import with_fitting_layout
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fingerprint import model_fingerprint
@@ -47,8 +47,7 @@ def reference_logps(
     with ReferenceStore(path) as store:
         if fingerprint is None or Reference(store, fingerprint).missing([groups[i] for i in wanted]):
             if policy is None:
-                policy = Policy.load(config, name)
-                check_packed_forward(policy, [groups[i] for i in wanted])
+                policy = with_fitting_layout(Policy.load(config, name), [groups[i] for i in wanted])
             fingerprint = model_fingerprint(policy.model, numerics=policy.numerics)
         reference = Reference(store, fingerprint)
         if policy is not None:
@@ -65,8 +64,8 @@ def fill_reference(
     reference.verify(wanted, policy.score, tolerance=policy.noise)
     missing = reference.missing(wanted)
     if not missing:
-        say(console, f"reference: {len(wanted)} groups, all in the store")
+        say(console, f"reference: {len(wanted)} rows, all cached")
         return
     with progress_line(console, "reference", len(missing)) as line:
         reference.fill(groups, policy.score, packs=packs, progress=line.advance)
-    say(console, f"reference: {len(missing)} of {len(wanted)} groups scored, the rest in the store")
+    say(console, f"reference: scored {len(missing)} of {len(wanted)} rows ({len(wanted) - len(missing)} cached)")

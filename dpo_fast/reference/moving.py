@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import PackedBatch
@@ -19,15 +20,15 @@ class MovingReference:
     """
 
     def __init__(self, reference: Policy, *, sync_steps: int, alpha: float) -> None:
-        """Take a policy of its own that nothing else trains."""
+        """Take a policy that nothing else trains."""
         self.reference = reference
         self.reference.model.requires_grad_(False)
         self._sync_steps = sync_steps
         self._alpha = alpha
 
-    def score(self, batch: PackedBatch) -> PackedBatch:
-        """The pack with the present reference's log-probs."""
-        return replace(batch, ref_logps=self.reference.score(batch))
+    def score(self, batch: PackedBatch) -> Tensor:
+        """(N,) log-probs under the reference as it is now."""
+        return self.reference.score(batch)
 
     @torch.no_grad()
     def after_step(self, step: int, policy: Policy) -> None:
@@ -36,3 +37,12 @@ class MovingReference:
             return
         own = list(self.reference.model.parameters())
         torch._foreach_lerp_(own, list(policy.model.parameters()), self._alpha)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The reference's weights."""
+        state: dict[str, Any] = self.reference.model.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the weights from `state_dict`."""
+        self.reference.model.load_state_dict(state)

@@ -8,12 +8,11 @@ normalise by length or weigh tokens read the same store.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import torch
 import xxhash
 from torch import Tensor
 
@@ -25,14 +24,21 @@ AnswerLogps = tuple[np.ndarray, ...]
 Score = Callable[[PackedBatch], Tensor]
 
 
-@dataclass
-class ScoreStats:
-    """What a `Reference.fill` did: groups and packs scored, their tokens, the seconds that it took."""
+class StoredScores:
+    """Log-probs that were looked up, as a `Scorer` of packs of their groups."""
 
-    groups: int = 0
-    packs: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    def __init__(self, groups: Sequence[Group], answers: Sequence[AnswerLogps]) -> None:
+        """Take each group's answers as `Reference.lookup` gives them; no two groups have the same row."""
+        self._of_row = {group.row: logps for group, logps in zip(groups, answers, strict=True)}
+        assert len(self._of_row) == len(groups), "two groups of one row"
+
+    def score(self, batch: PackedBatch) -> Tensor:
+        """(N,) fp32 on the CPU."""
+        rows = dict.fromkeys(batch.pair_rows)
+        flat = [logps for row in rows for logps in self._of_row[row]]
+        logps = torch.from_numpy(np.concatenate(flat).astype(np.float32))
+        assert len(logps) == len(batch.targets), "one reference log-prob per scored token"
+        return logps
 
 
 class Reference:
@@ -48,7 +54,7 @@ class Reference:
         return [i for i, answers in enumerate(self._find(groups)) if answers is None]
 
     def lookup(self, groups: Sequence[Group]) -> list[AnswerLogps]:
-        """For each group its answers' (A_i,) fp32 log-probs, in the form that `pack(ref_logps=...)` takes.
+        """For each group its answers' (A_i,) fp32 log-probs, as `StoredScores` takes them.
 
         Raises:
             UserError: a group is not in the store (zeros are never made up), or its scores are damaged.
@@ -77,7 +83,7 @@ class Reference:
         packs: Sequence[Sequence[int]] | None = None,
         max_tokens: int | None = None,
         progress: Callable[[int], object] | None = None,
-    ) -> ScoreStats:
+    ) -> None:
         """Score the groups that are missing, and commit each pack as soon as it is scored.
 
         Args:
@@ -92,19 +98,13 @@ class Reference:
         Raises:
             UserError: a score is not finite; nothing of its pack was stored.
         """
-        stats, start = ScoreStats(), time.perf_counter()
         for packed in self._plan(groups, packs, max_tokens):
             members = [groups[i] for i in packed]
             # Another process may have scored them since the plan was made.
             if self.missing(members):
                 self._store.put(self._score(members, score))
-                stats.groups += len(members)
-                stats.packs += 1
-                stats.tokens += sum(group.num_tokens for group in members)
             if progress:
                 progress(len(members))
-        stats.seconds = time.perf_counter() - start
-        return stats
 
     def _plan(
         self, groups: Sequence[Group], packs: Sequence[Sequence[int]] | None, max_tokens: int | None

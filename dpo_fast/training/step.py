@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +13,22 @@ from dpo_fast.losses.from_packs import pair_logps
 from dpo_fast.losses.objective import needs_reference, preference_loss
 from dpo_fast.losses.pairs import PairLogps
 from dpo_fast.model.policy import Policy, Scored
-from dpo_fast.packs.layout import PackedBatch
+from dpo_fast.model.scorer import Scorer
+from dpo_fast.packs.layout import Group, PackedBatch, pack
 from dpo_fast.training.metrics import pair_metrics
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Groups, with what gives their answers' log-probs under the reference; None if the loss needs none."""
+
+    groups: list[Group]
+    reference: Scorer | None = None
+
+    def pack(self, indices: Sequence[int]) -> PackedBatch:
+        """The pack of these groups, with its reference log-probs."""
+        batch = pack([self.groups[i] for i in indices])
+        return batch if self.reference is None else replace(batch, ref_logps=self.reference.score(batch))
 
 
 def pair_losses(

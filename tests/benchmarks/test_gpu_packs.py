@@ -17,7 +17,7 @@ import gpu_packs
 def test_packs_without_sharing_score_the_same_tokens(monkeypatch):
     model = tiny_llama()
     use_packed_attention(model)
-    policy = Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
+    policy = Policy(model, device=torch.device("cpu"), memory_budget=2**30)
     found = []
 
     def interleaved(functions, rounds):

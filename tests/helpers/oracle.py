@@ -73,7 +73,7 @@ def save_tiny_checkpoint(folder: Path, *, seed: int = 0) -> Path:
 def as_policy(model: LlamaForCausalLM) -> Policy:
     """The model, reading packs, on a CPU."""
     use_packed_attention(model)
-    return Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
+    return Policy(model, device=torch.device("cpu"), memory_budget=2**30)
 
 
 def random_groups(num: int, vocab_size: int = 320, *, seed: int = 0, num_answers: int = 2) -> list[Group]:

@@ -150,18 +150,16 @@ def test_a_change_of_the_kernels_changes_the_key(monkeypatch, tmp_path):
 
 
 def test_a_run_keeps_its_choices(timed, tmp_path):
-    from types import SimpleNamespace
+    from dpo_fast.training.reporter import CHOICES_FILE, KernelChoices, read_choices
 
-    from dpo_fast.training.loop import CHOICES_FILE, Trainer, read_choices
-
-    run = SimpleNamespace(output_dir=tmp_path, kernel_choices={})
-    Trainer.write_kernel_choices(run)
+    kept = KernelChoices(tmp_path)
+    kept.write()
     assert not (tmp_path / CHOICES_FILE).exists()
     choose("k", {"a": lambda: 2.0, "b": lambda: 1.0})
-    Trainer.write_kernel_choices(run)
+    kept.write()
     assert json.loads((tmp_path / CHOICES_FILE).read_text()) == autotune.choices()
     assert read_choices(tmp_path) == autotune.choices()
     (tmp_path / CHOICES_FILE).unlink()
     assert read_choices(tmp_path) == {}
-    Trainer.write_kernel_choices(run)
+    kept.write()
     assert not (tmp_path / CHOICES_FILE).exists(), "written again without a change"

@@ -10,7 +10,7 @@ from torch.cuda._utils import _get_device_index
 
 from dpo_fast.errors import UserError
 from dpo_fast.kernels import backends
-from dpo_fast.model.load import pick_device
+from dpo_fast.model.placement import pick_device
 
 WITHOUT_TRITON = """
 import sys

@@ -1,6 +1,7 @@
 """Shared-prompt packs on the model families that people use, against each model's own forward, answer by answer."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import transformers
 from oracle import random_groups
 
 from dpo_fast.model.attention import CannotPack, use_own_attention, use_packed_attention
-from dpo_fast.model.check import check_packed_forward
+from dpo_fast.model.check import with_fitting_layout
 from dpo_fast.model.load import load_model
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group, Ranking, pack
@@ -94,7 +95,7 @@ def make(family, settings, *, seed=0):
 
 def as_policy(model):
     use_packed_attention(model)
-    return Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
+    return Policy(model, device=torch.device("cpu"), memory_budget=2**30)
 
 
 def own_logps(model, groups):
@@ -171,8 +172,7 @@ def test_models_that_share_no_prompt_compute_each_answer_with_its_own(family_nam
     model = make(family_name, ONE_BY_ONE[family_name])
     groups = random_groups(3, seed=3)
     want = own_logps(model, groups).detach()
-    policy = as_policy(model)
-    check_packed_forward(policy, groups)
+    policy = with_fitting_layout(as_policy(model), groups)
     assert not policy.shares_prompts
     assert "cannot share a prompt among answers" in caplog.text
     got = policy.token_logps(pack(groups))
@@ -193,14 +193,12 @@ def test_what_only_long_rows_would_show_is_seen_at_the_start(caplog):
         )
         for row, prompt in enumerate((28, 50))
     )
-    policy = as_policy(model)
-    check_packed_forward(policy, [fits])
+    policy = with_fitting_layout(as_policy(model), [fits])
     assert policy.shares_prompts
     assert (policy.score(pack([cut])) - own_logps(model, [cut]).detach()).abs().max() > 0.1
-    policy = as_policy(model)
-    check_packed_forward(policy, [fits, cut])
+    policy = with_fitting_layout(as_policy(model), [fits, cut])
     assert not policy.shares_prompts
-    assert "row 1 comes out" in caplog.text
+    assert "row 1 differs by" in caplog.text
     assert (policy.score(pack([fits, cut])) - own_logps(model, [fits, cut]).detach()).abs().max() < 1e-4
 
 
@@ -241,14 +239,12 @@ def test_router_loss_is_the_models_own(family_name):
     want = 0.3 * model(input_ids=ids, output_router_logits=True, use_cache=False).aux_loss
     policy = as_policy(model)
     for shares_prompts in (True, False):
-        policy.shares_prompts = shares_prompts
         if not shares_prompts:
             use_own_attention(model)
-        got = policy.forward(pack([group])).router_loss
+        got = replace(policy, shares_prompts=shares_prompts).forward(pack([group])).router_loss
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
         assert got.requires_grad
     use_packed_attention(model)
-    policy.shares_prompts, policy.static_tokens = True, 100
-    torch.testing.assert_close(policy.forward(pack([group])).router_loss, want, rtol=1e-5, atol=1e-7)
-    policy.router_loss_coef = 0.0
-    assert policy.forward(pack([group])).router_loss is None
+    filled = replace(policy, static_tokens=100)
+    torch.testing.assert_close(filled.forward(pack([group])).router_loss, want, rtol=1e-5, atol=1e-7)
+    assert replace(policy, router_loss_coef=0.0).forward(pack([group])).router_loss is None

@@ -1,6 +1,7 @@
 """Packs against the plain model: log-probs, gradients, and independence of a group from its neighbours."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from dpo_fast.errors import UserError
 from dpo_fast.kernels.prefix_attention import prefix_attention
 from dpo_fast.losses.from_packs import pair_logps
 from dpo_fast.losses.objective import preference_loss
-from dpo_fast.model.attention import _in_one_dtype, use_packed_attention
-from dpo_fast.model.check import check_packed_forward
+from dpo_fast.model.attention import _in_one_dtype, reads_packs, use_packed_attention
+from dpo_fast.model.check import Verdict, check_packed_forward, with_fitting_layout
 from dpo_fast.model.load import load_tokenizer
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group, Ranking, pack
-from dpo_fast.training.loop import PairSet
-from dpo_fast.training.step import backward
+from dpo_fast.reference.scores import StoredScores
+from dpo_fast.training.step import PairSet, backward
 
 BETA = 0.3
 
@@ -30,7 +31,7 @@ def reference_set(groups, reference):
     for group in groups:
         batch = pack([group])
         scores.append(tuple(x.numpy() for x in policy.score(batch).split(batch.answer_lengths.tolist())))
-    return PairSet(groups, scores)
+    return PairSet(groups, StoredScores(groups, scores))
 
 
 @pytest.mark.parametrize("num_answers", [2, 3])
@@ -106,7 +107,7 @@ def test_all_pairs_of_a_group_are_those_of_groups_of_two():
     (three,) = random_groups(1, seed=4, num_answers=3)
     pairs = ((0, 1), (2, 0), (2, 1))
     together = Group(0, three.prompt_ids, three.answers, Ranking(pairs))
-    apart = [Group(0, three.prompt_ids, (three.answers[a], three.answers[b])) for a, b in pairs]
+    apart = [Group(i, three.prompt_ids, (three.answers[a], three.answers[b])) for i, (a, b) in enumerate(pairs)]
     found = []
     for groups in ([together], apart):
         policy = as_policy(tiny_llama(seed=5))
@@ -153,8 +154,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_layers_are_compiled_once_for_packs_of_all_sizes():
     groups = random_groups(18, seed=9)
-    plain, compiled = as_policy(tiny_llama()), as_policy(tiny_llama())
-    compiled.compile_layers(backend="eager")
+    plain, compiled = as_policy(tiny_llama()), as_policy(tiny_llama()).compiled(backend="eager")
     assert compiled.numerics != plain.numerics
     torch._dynamo.utils.counters.clear()
     graphs = []
@@ -175,8 +175,7 @@ def test_layers_are_compiled_once_for_packs_of_all_sizes():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_with_static_shapes_all_packs_have_one_size_when_compiled():
     groups = random_groups(18, seed=9)
-    plain, compiled = as_policy(tiny_llama()), as_policy(tiny_llama())
-    compiled.static_tokens = 256
+    plain = as_policy(tiny_llama())
     sizes = []
 
     def backend(graph, inputs):
@@ -185,7 +184,7 @@ def test_with_static_shapes_all_packs_have_one_size_when_compiled():
         assert all(isinstance(size, int) for shape in sizes[-1] for size in shape), "a size is a symbol"
         return graph
 
-    compiled.compile_layers(backend=backend)
+    compiled = replace(as_policy(tiny_llama()), static_tokens=256).compiled(backend=backend)
     graphs = []
     for start in range(0, 18, 3):
         batch = pack(groups[start : start + 3])
@@ -217,8 +216,7 @@ def test_an_architecture_that_packs_do_not_fit_is_computed_answer_by_answer(monk
     """Positions that are scaled in packs alone stand for any model whose packed forward is another."""
     policy = as_policy(tiny_llama())
     groups = random_groups(3, seed=8)
-    check_packed_forward(policy, groups)
-    assert policy.shares_prompts
+    assert check_packed_forward(policy, groups) == Verdict(shares_prompts=True)
     right = policy.score(pack(groups))
     decoder = policy.model.get_decoder()
     plain_forward = decoder.forward
@@ -229,12 +227,16 @@ def test_an_architecture_that_packs_do_not_fit_is_computed_answer_by_answer(monk
         return plain_forward(*args, packed_layout=packed_layout, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(decoder, "forward", forward)
-    numerics = policy.numerics
-    check_packed_forward(policy, groups)
-    assert not policy.shares_prompts
-    assert policy.numerics != numerics
+    verdict = check_packed_forward(policy, groups)
+    assert not verdict.shares_prompts
+    assert verdict.reason.startswith("row ")
+    assert reads_packs(policy.model), "the check changes nothing"
+    fitted = with_fitting_layout(policy, groups)
+    assert not fitted.shares_prompts
+    assert policy.shares_prompts
+    assert fitted.numerics != policy.numerics
     assert "cannot share a prompt among answers (row" in caplog.text
-    torch.testing.assert_close(policy.score(pack(groups)), right, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fitted.score(pack(groups)), right, rtol=0, atol=1e-5)
 
 
 def test_a_head_that_is_another_is_refused(monkeypatch):

@@ -1,5 +1,7 @@
 """The packed layout, by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from dpo_fast.config import LossConfig
 from dpo_fast.losses.from_packs import pair_logps
 from dpo_fast.losses.objective import preference_loss
 from dpo_fast.packs.layout import Group, Ranking, pack
+from dpo_fast.reference.scores import StoredScores
 
 
 def ids(*values):
@@ -41,10 +44,15 @@ def test_an_answer_without_a_prompt_does_not_score_its_first_token():
     assert batch.cu_seqlens_q.tolist() == batch.cu_seqlens_k.tolist() == [0, 2, 3]
 
 
+def scored(groups, answers):
+    batch = pack(groups)
+    return replace(batch, ref_logps=StoredScores(groups, answers).score(batch))
+
+
 def test_pairs_of_a_larger_group_share_their_answers():
     group = Group(3, ids(1), (ids(2), ids(3), ids(4)), Ranking(((2, 0), (0, 1))))
     reference = [tuple(np.array([v], dtype=np.float32) for v in (-1.0, -2.0, -3.0))]
-    batch = pack([group], reference)
+    batch = scored([group], reference)
     pairs = pair_logps(batch, torch.tensor([-0.5, -0.25, -0.125]))
     assert pairs.chosen.tolist() == [-0.125, -0.5]
     assert pairs.rejected.tolist() == [-0.5, -0.25]
@@ -55,7 +63,7 @@ def test_pairs_of_a_larger_group_share_their_answers():
 def test_reference_of_another_length_is_refused():
     group = Group(0, ids(1), (ids(2, 3), ids(4)))
     with pytest.raises(AssertionError, match="one reference log-prob"):
-        pack([group], [(np.zeros(1, np.float32), np.zeros(1, np.float32))])
+        scored([group], [(np.zeros(1, np.float32), np.zeros(1, np.float32))])
 
 
 @pytest.mark.parametrize("options", [{"ld_alpha": 0.3}, {"ld_alpha": 0.0}, {"use_weighting": True}], ids=str)
@@ -70,7 +78,7 @@ def test_length_desensitised_and_weighted_losses_are_trls(options, loss_type):
     logps, ref = (-3 * torch.rand(num, generator=generator) for _ in range(2))
     log_sum_p2 = -torch.rand(num, generator=generator)
     parts = iter(ref.split(lengths.flatten().tolist()))
-    batch = pack(groups, [tuple(next(parts).numpy() for _ in group.answers) for group in groups])
+    batch = scored(groups, [tuple(next(parts).numpy() for _ in group.answers) for group in groups])
 
     def padded(tokens):
         answers = tokens.split(lengths.flatten().tolist())

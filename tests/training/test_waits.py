@@ -41,7 +41,7 @@ def scored_batch(policy):
 def test_a_step_waits_for_nothing(loss):
     model = tiny_llama()
     use_packed_attention(model)
-    policy = Policy(model, device=torch.device("cpu"), bf16=False, memory_budget=2**30)
+    policy = Policy(model, device=torch.device("cpu"), memory_budget=2**30)
     batch = scored_batch(policy)
     window, watch = Window(1000), FiniteWatch()
     with waits() as found:

@@ -43,7 +43,7 @@ class ModelSignal:
     @cached_property
     def device(self) -> torch.device:
         """Where the model runs."""
-        from dpo_fast.model.load import pick_device
+        from dpo_fast.model.placement import pick_device
 
         return pick_device(self.device_name)
 

@@ -1,0 +1,74 @@
+"""Where a model runs and in which numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dpo_fast.config import ModelConfig
+from dpo_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and dtypes, resolved from the settings before anything is loaded.
+
+    Attributes:
+        device: of the weights and of every pack.
+        dtype: of the weights.
+        bf16: whether the forward and backward run in bfloat16 autocast.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    bf16: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Placement:
+        """What `config` asks for on this machine.
+
+        Raises:
+            UserError: the device cannot be used here.
+        """
+        device = pick_device(config.device)
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
+        return cls(device, dtype, bf16 and dtype is torch.float32)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the matrix products."""
+        return torch.bfloat16 if self.bf16 else self.dtype
+
+    def __str__(self) -> str:
+        weights, products = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.compute_dtype))
+        return f"{self.device}, {weights} weights" + ("" if weights == products else f", {products} autocast")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA if there is a GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            # Libraries that launch their own kernels (Triton, bitsandbytes) launch them on the current device.
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here: {str(error).strip().splitlines()[0]}") from error
+    _refuse_old_gpus(device)
+    return device
+
+
+def _refuse_old_gpus(device: torch.device) -> None:
+    """Neither flash attention nor bf16 products exist before compute capability 8.0."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        raise UserError(
+            f"{name}: compute capability {major}.{minor}, expected 8.0 (Ampere) or above; or pass --device cpu"
+        )

@@ -1,0 +1,96 @@
+"""What a run will do: decided once, before a model is loaded, printed, and read by every part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo_fast.config import DPOConfig
+from dpo_fast.losses.objective import needs_reference
+from dpo_fast.model.placement import Placement
+from dpo_fast.packs.bins import StepSampler, best_fit_decreasing
+from dpo_fast.packs.budget import token_budget
+from dpo_fast.packs.layout import Group
+from dpo_fast.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batch, token budget, precision and layout of a run.
+
+    Attributes:
+        placement: device and dtypes.
+        ranks: the processes that train.
+        num_rows, num_pairs: to train on.
+        num_held_out_rows: to evaluate on.
+        rows_per_step: rows of an optimizer step.
+        num_steps: optimizer steps.
+        max_tokens: token budget of a pack.
+        sharing: tokens with one copy of the prompt per answer, divided by those with one per row.
+        reference: where its log-probs come from.
+        seed: of the order of the rows.
+    """
+
+    placement: Placement
+    ranks: Ranks
+    num_rows: int
+    num_pairs: int
+    num_held_out_rows: int
+    rows_per_step: int
+    num_steps: int
+    max_tokens: int
+    sharing: float
+    reference: str
+    seed: int
+
+    @classmethod
+    def of(cls, config: DPOConfig, groups: Sequence[Group], held_out: Sequence[Group]) -> Plan:
+        """The plan of these settings for these rows."""
+        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        num_steps = config.max_steps
+        if num_steps < 0:
+            num_steps = math.ceil(config.num_train_epochs * -(-len(groups) // rows_per_step))
+        return cls(
+            placement=Placement.of(config),
+            ranks=Ranks.current(),
+            num_rows=len(groups),
+            num_pairs=sum(len(group.pairs) for group in groups),
+            num_held_out_rows=len(held_out),
+            rows_per_step=rows_per_step,
+            num_steps=num_steps,
+            max_tokens=token_budget(config, [*groups, *held_out], config.per_device_train_batch_size),
+            sharing=sum(group.num_unshared_tokens for group in groups) / sum(group.num_tokens for group in groups),
+            reference=_reference(config),
+            seed=config.seed,
+        )
+
+    def sampler(self, groups: Sequence[Group]) -> StepSampler:
+        """The optimizer steps, from the first one."""
+        return StepSampler(
+            [group.num_tokens for group in groups],
+            groups_per_step=self.rows_per_step,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+        )
+
+    def packs(self, groups: Sequence[Group]) -> list[list[int]]:
+        """As few packs as hold these groups, as lists of indices."""
+        return best_fit_decreasing([group.num_tokens for group in groups], self.max_tokens)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"{self.num_rows} rows with {self.num_pairs} pairs to train on, {self.num_held_out_rows} rows held out",
+                f"{self.num_steps} steps of {self.rows_per_step} rows, packs of up to {self.max_tokens} tokens",
+                f"prompt sharing: {self.sharing:.2f}x fewer tokens",
+                f"{self.placement}, {self.ranks.world_size} process, reference: {self.reference}",
+            )
+        )
+
+
+def _reference(config: DPOConfig) -> str:
+    if not needs_reference(config):
+        return "none"
+    name = config.ref_model or config.model
+    return f"{name}, which follows the policy" if config.sync_ref_model else f"{name}, scored once"

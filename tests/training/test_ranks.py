@@ -1,0 +1,51 @@
+"""Two real processes, and the refusal of a launcher."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dpo_fast.config import DPOConfig
+from dpo_fast.errors import UserError
+from dpo_fast.training.ranks import Ranks
+from dpo_fast.training.run import train
+
+
+def on_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks = Ranks.current()
+    x = torch.tensor([1.0, 10.0]) * (rank + 1)
+    total = ranks.sum(x)
+    ranks.wait()
+    found = {
+        "writer": ranks.is_writer,
+        "share": list(ranks.share(5)),
+        "total": total.tolist(),
+        "own": x.tolist(),
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_and_sum(tmp_path):
+    mp.spawn(on_rank, (tmp_path,), nprocs=2)
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert zero == {"writer": True, "share": [0, 2, 4], "total": [3, 30], "own": [1, 10]}
+    assert one == {"writer": False, "share": [1, 3], "total": [3, 30], "own": [2, 20]}
+
+
+def test_one_process_needs_no_group():
+    ranks = Ranks.current()
+    x = torch.ones(2)
+    assert (ranks, ranks.is_writer, list(ranks.share(3))) == (Ranks(0, 1), True, [0, 1, 2])
+    assert ranks.sum(x) is x
+    ranks.wait()
+
+
+def test_train_refuses_to_run_whole_in_each_of_several_processes(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2: .* accelerate launch"):
+        train(DPOConfig(output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
