@@ -214,7 +214,7 @@ def test_a_second_tab_that_is_behind_judges_nothing_and_catches_up(tmp_path, ope
         done(two, 0, 3)
         press(one, "1", 1, 3)
         two.keyboard.press("2")
-        expect(two.locator("#message")).to_contain_text("This page was behind")
+        expect(two.locator("#message")).to_contain_text("This page was out of date")
         done(two, 1, 3)
         assert choices(session) == ["left"]
         expect(two.locator("#prompt")).to_have_text(session.show()[0].prompt[0][1])
