@@ -240,7 +240,7 @@ def test_a_program_that_is_gone_is_named(tmp_path, open_page):
             page = open_page(server.address)
             done(page, 0, 3)
         page.keyboard.press("1")
-        expect(page.locator("#message")).to_contain_text("Start it again by the same command")
+        expect(page.locator("#message")).to_contain_text("Rerun the same command")
         assert not choices(session)
     assert [text for text in open_page.wrong if "ERR_CONNECTION_REFUSED" not in text] == []
     open_page.wrong.clear()
