@@ -215,14 +215,18 @@ def make_parser(*, wants_help: bool = False) -> Parser:
         subparser.add_argument("--config", action="config", help="YAML file with any of these settings")
         subparser.add_class_arguments(command.config)
         if wants_help:
-            _name_losses(subparser)
+            _name_choices(subparser)
         subcommands.add_subcommand(name, subparser, help=command.help)
     return parser
 
 
-def _name_losses(parser: Parser) -> None:
-    """Add the names of all losses to the help of `--loss_type`, if the command has it."""
+def _name_choices(parser: Parser) -> None:
+    """Add all losses to the help of `--loss_type` and all signals to that of `--signals`."""
     for action in parser._actions:
+        if action.dest == "signals":
+            from dpo_fast.curate.signals.registry import known_signals
+
+            action.help = f"{action.help} Signals: {known_signals()}"
         if action.dest == "loss_type":
             from dpo_fast.losses import LOSSES
 

@@ -15,6 +15,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# Control characters (C1 included, since some terminals obey it) and the two that reorder letters. Unicode's pictures of
+# them would be shorter, but many fonts lack them.
+_CODES = [*range(0x20), *range(0x7F, 0xA0)]
+_VISIBLE = {code: f"\\x{code:02x}" for code in _CODES if chr(code) not in "\n\t"}
+_VISIBLE |= {code: f"\\u{code:04x}" for code in (0x202D, 0x202E)}
+
+
+def visible(text: str) -> str:
+    """The text with control characters as readable escapes such as `\\x1b`; newlines and tabs stay."""
+    return text.replace("\r\n", "\n").translate(_VISIBLE)
+
 
 def say(console: Console, text: str, *, style: str | None = None) -> None:
     """Print a line as it is: names, answers and reasons are full of brackets, which rich would read as markup."""

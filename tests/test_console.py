@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from dpo_fast.console import format_metrics, progress_line
+from dpo_fast.console import format_metrics, progress_line, visible
 
 FIGURES = {"loss": 0.69314, "rewards/accuracies": 0.5, "rewards/margins": 0.00012, "tokens_per_second": 412.4}
 
@@ -31,3 +31,9 @@ def test_a_terminal_has_a_bar_and_a_file_has_lines(is_terminal):
         assert re.search(r"training .* 30/30 loss 0\.6931 .* 412 tokens/s \d:\d\d:\d\d left \d:\d\d:\d\d", shown)
     else:
         assert text == "step 30/30  loss 0.6931  accuracy 0.50  margin +0.0001  412 tokens/s\n"
+
+
+def test_control_characters_become_escapes_and_nothing_else_changes():
+    assert visible("a\tb\r\nc\rd\x00\x1b[2J\x7f\x9b1m\u202e") == "a\tb\nc" + r"\x0dd\x00\x1b[2J\x7f\x9b1m\u202e"
+    harmless = "<b>שלום</b> مرحبا 👩‍🚀 \u200f \u00a0 ␛"
+    assert visible(harmless) == harmless

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Of a 95% interval of the normal distribution.
+# Half the width of the normal distribution's 95% interval.
 _Z = 1.959964
 
 
@@ -27,10 +27,10 @@ def bootstrap_interval(per_prompt: np.ndarray, *, share: bool = False, resamples
     """Mean and percentile bootstrap over prompts, since answers to one prompt are not independent.
 
     Args:
-        per_prompt: (P,) one value a prompt.
-        share: values are shares of a whole. Where all of them are 0, or all are 1, resampling would claim certainty;
-            the interval is Wilson's for P trials then (JASA 1927).
-        resamples: drawn with a fixed seed.
+        per_prompt: (P,) one value per prompt.
+        share: values are shares of a whole. If all are 0 or all are 1, resampling would claim certainty, so the
+            interval is Wilson's for P trials (JASA 1927).
+        resamples: their number; drawn with a fixed seed.
     """
     value, count = float(per_prompt.mean()), len(per_prompt)
     if share and value in (0.0, 1.0):

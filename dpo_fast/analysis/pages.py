@@ -1,4 +1,4 @@
-"""HTML pages that are one file each: no script, nothing loaded from elsewhere, everything escaped."""
+"""HTML pages, each a single file: no scripts, nothing loaded from elsewhere, everything escaped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of `dpo_fast/templates` with its values."""
+    """Fill a template of `dpo_fast/templates`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

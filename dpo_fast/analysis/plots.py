@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn without a display; matplotlib is imported when a picture is asked for."""
+"""Plots of a run, drawn without a display; matplotlib is imported at the first plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Panels of a run: title, unit of the vertical axis, and the names in metrics.jsonl with what the legend calls them.
+# Panels of a run: title, unit of the vertical axis, and names in metrics.jsonl with their names in the legend.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "nats", {"loss": "training", "eval_loss": "held-out pairs"}),
     (
@@ -24,26 +24,26 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"},
     ),
     (
-        "How full the packs are",
+        "Pack fill",
         "share of tokens",
-        {"pack_fill": "of the token budget", "padding_share": "padding, of all computed"},
+        {"pack_fill": "of the token budget", "padding_share": "padding, of computed tokens"},
     ),
 )
-# Okabe and Ito's palette, told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 PANEL_INCHES = (4.8, 3.4)
 Interval = tuple[float, float, float]
 
 
 def plot_metrics(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a picture of loss, accuracy, rewards and pack fill over the optimizer steps.
+    """Plot loss, accuracy, rewards and pack fill over the optimizer steps.
 
     Args:
         rows: of a run's `metrics.jsonl` (`dpo_fast.training.metrics.read_metrics`).
         path: .png, .svg or .pdf file to write.
 
     Raises:
-        ValueError: the rows hold none of the names to draw.
+        ValueError: the rows have none of the figures to draw.
     """
     figure, axes = make_figure(2, 2)
     draw_panels(axes, rows)
@@ -51,7 +51,7 @@ def plot_metrics(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def make_figure(num_rows: int, num_columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure without a window, and its axes in reading order."""
+    """A figure without a window, with its axes in reading order."""
     from matplotlib.figure import Figure
 
     size = (PANEL_INCHES[0] * num_columns, PANEL_INCHES[1] * num_rows)
@@ -68,7 +68,7 @@ def draw_panels(axes: Sequence[Axes], rows: Sequence[Mapping[str, Any]]) -> None
     """Draw the first of `PANELS`, one on each of the axes.
 
     Raises:
-        ValueError: the rows hold none of the names to draw.
+        ValueError: the rows have none of the figures to draw.
     """
     drawn = [draw_curves(ax, rows, *panel) for ax, panel in zip(axes, PANELS, strict=False)]
     if not any(drawn):
@@ -76,7 +76,7 @@ def draw_panels(axes: Sequence[Axes], rows: Sequence[Mapping[str, Any]]) -> None
 
 
 def draw_curves(ax: Axes, rows: Sequence[Mapping[str, Any]], title: str, unit: str, names: Mapping[str, str]) -> bool:
-    """Draw each of `names` (key: name in the rows, value: in the legend) over the steps; False if no row has any."""
+    """Draw `names` (name in the rows -> name in the legend) over the steps; False if no row has any of them."""
     ax.set_title(title, loc="left", fontsize=11)
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(unit)
@@ -84,7 +84,7 @@ def draw_curves(ax: Axes, rows: Sequence[Mapping[str, Any]], title: str, unit: s
         points = [(row["step"], row[name]) for row in rows if name in row]
         if not points:
             continue
-        # Few points need markers: a single one would draw no line at all.
+        # Few points need markers: a single point draws no line.
         ax.plot(*zip(*points, strict=True), color=color, label=label, marker="o" if len(points) <= 25 else "", ms=3.5)
     if not ax.lines:
         return False
@@ -98,10 +98,10 @@ def draw_bars(ax: Axes, title: str, unit: str, groups: Sequence[str], series: Ma
     """Bars side by side with intervals, for shares.
 
     Args:
-        ax: where.
+        ax: where to draw.
         title: of the panel.
         unit: of the vertical axis, which runs from 0 to 1.
-        groups: names below the bars; a newline breaks one.
+        groups: labels below the bars; a newline breaks a label.
         series: for each colour of bars (`before`, `after`) one (value, low, high) per group.
 
     Raises:

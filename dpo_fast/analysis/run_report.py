@@ -1,4 +1,4 @@
-"""`dpo-fast report`: a run's folder -> report.html, one file with settings, curves, figures and warnings."""
+"""`dpo-fast report`: a run's folder -> report.html, a single file with settings, curves, figures and warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpo_fast.files import write_file_atomically
 from dpo_fast.training.metrics import METRICS_FILE, read_metrics
 
 CONFIG_FILE, PLOT = "config.yaml", "report.png"
-# Names of metrics.jsonl: what the page calls them, and how they are written.
+# Names in metrics.jsonl -> names on the page and number formats.
 FIGURES = {
     "loss": ("loss", "{:.4f}"),
     "rewards/accuracies": ("accuracy: chosen reward above rejected", "{:.1%}"),
@@ -28,32 +28,32 @@ FIGURES = {
     "rewards/rejected": ("rejected reward", "{:+.4f}"),
     "logps/chosen": ("log-prob of chosen answers, nats", "{:.1f}"),
     "logps/rejected": ("log-prob of rejected answers, nats", "{:.1f}"),
-    "grad_norm": ("norm of the gradient", "{:.3g}"),
+    "grad_norm": ("gradient norm", "{:.3g}"),
     "learning_rate": ("learning rate", "{:.2e}"),
 }
 SPEEDS = {
-    "tokens_per_second": ("tokens a second", "{:,.0f}"),
-    "pairs_per_second": ("pairs a second", "{:.3g}"),
-    "pack_fill": ("packs filled", "{:.1%}"),
+    "tokens_per_second": ("tokens per second", "{:,.0f}"),
+    "pairs_per_second": ("pairs per second", "{:.3g}"),
+    "pack_fill": ("pack fill", "{:.1%}"),
     "peak_memory_gib": ("peak memory, GiB", "{:.2f}"),
 }
 
 
 def write_report(config: ReportConfig, *, console: Console | None = None) -> Path:
-    """Write the page of `config.run`, and its curves as `report.png` in that folder; no model is loaded.
+    """Write the page on `config.run`, and its curves as `report.png` in that folder; no model is loaded.
 
     Raises:
-        UserError: the folder holds no run, or nothing to draw.
+        UserError: the folder is not that of a run, or has nothing to draw.
     """
     console = console or Console()
     run = Path(config.run)
     if not config.run or not run.is_dir():
-        raise UserError(f"dpo-fast report {config.run}: no such folder; expected the output_dir of a run")
+        raise UserError(f"dpo-fast report {config.run}: no such folder; expected a run's output_dir")
     rows = read_metrics(run / METRICS_FILE)
     training = [row for row in rows if "loss" in row]
     if not training:
         raise UserError(
-            f"dpo-fast report {run}: holds no {METRICS_FILE} with training steps; is it a run's output_dir?"
+            f"dpo-fast report {run}: has no {METRICS_FILE} with training steps; expected a run's output_dir"
         )
     out = Path(config.out) if config.out is not None else run / "report.html"
     if out.suffix != ".html":
@@ -79,7 +79,7 @@ def write_report(config: ReportConfig, *, console: Console | None = None) -> Pat
 
 
 def figure_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """(name, first, last) of each figure that the rows have."""
+    """(name, first value, last value) of each figure that the rows have."""
     return [
         (name, form.format(having[0][key]), form.format(having[-1][key]))
         for key, (name, form) in FIGURES.items()
@@ -88,10 +88,10 @@ def figure_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 
 def changed_settings(path: Path) -> list[tuple[str, Any]]:
-    """Settings of a run that are not the defaults; none where the file is missing.
+    """Settings of a run that differ from the defaults; none if the file is missing.
 
     Raises:
-        UserError: the file is no YAML of settings.
+        UserError: the file is not YAML with settings.
     """
     if not path.exists():
         return []
@@ -100,7 +100,7 @@ def changed_settings(path: Path) -> list[tuple[str, Any]]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected the settings of a run")
+        raise UserError(f"{path}: expected the settings of a run, found {type(settings).__name__}")
     defaults = vars(DPOConfig())
     return [(name, value) for name, value in settings.items() if value != defaults.get(name)]
 

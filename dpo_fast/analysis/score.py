@@ -23,9 +23,9 @@ from dpo_fast.reference.scores import AnswerLogps
 
 
 def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
-    """Write the log-probs of `config.model` on `config.data` to `config.out`, one JSON object a pair.
+    """Write the log-probs of `config.model` on `config.data` to `config.out`, one JSON object per pair.
 
-    Scores go through the reference store: rows scored before are read, and a run that was killed goes on.
+    Scores go through the reference store: cached rows are not scored again, and a killed run resumes.
     """
     console = console or Console()
     if not config.data:

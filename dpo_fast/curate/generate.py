@@ -1,7 +1,7 @@
-"""One model writing answers: through transformers on any machine, or through vLLM where it is installed.
+"""One model writes answers: through transformers on any machine, or through vLLM if it is installed.
 
 The log-prob of an answer is that of the tokens that were sampled, under the model's own distribution (temperature 1,
-no top-p), so answers sampled at different temperatures can be compared, and it is what `dpo-fast score` gives.
+no top-p), as `dpo-fast score` reports it, so answers sampled at different temperatures can be compared.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import torch
 
-from dpo_fast.config import ModelConfig, SamplingConfig
+from dpo_fast.config import ModelConfig, SampleConfig, SamplingConfig
 from dpo_fast.errors import UserError
 from dpo_fast.model.attention import own_attention
 from dpo_fast.model.check import with_fitting_layout
@@ -26,9 +26,9 @@ from dpo_fast.reference.scores import score_groups
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens of a pack in which log-probs are made: they are a small part of the time, so it is the memory that counts.
+# Tokens per pack when log-probs are computed. That takes little of the time, so the packs are sized for memory.
 SCORED_TOKENS = 8192
-# Nothing is compared yet.
+# No answer is preferred yet.
 UNRANKED = Ranking(pairs=())
 
 
@@ -39,7 +39,7 @@ class Answer:
     Attributes:
         text: without special tokens.
         ids: its tokens, with the end token.
-        logp: nats, of all tokens, under the model's own distribution.
+        logp: of all tokens under the model's own distribution, in nats.
         finished: whether an end token came before `max_new_tokens`.
     """
 
@@ -53,25 +53,23 @@ class Writer(Protocol):
     """A loaded model."""
 
     def __call__(self, prompts: Sequence[list[int]], temperature: float, seed: int) -> list[Answer]:
-        """One answer to each prompt (token ids); a prompt may be there several times."""
+        """One answer to each prompt (token ids); a prompt may occur several times."""
         ...
 
 
-def load_writer(
-    name: str, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, *, device: str, dtype: str
-) -> Writer:
+def load_writer(name: str, tokenizer: PreTrainedTokenizerBase, config: SampleConfig) -> Writer:
     """Load a model to write with.
 
     Raises:
-        UserError: it cannot be loaded, or vLLM was asked for and is not installed.
+        UserError: it cannot be loaded, or vLLM is requested and not installed.
     """
-    if sampling.backend == "vllm":
-        return VllmWriter(name, sampling, dtype)
-    return TransformersWriter(name, tokenizer, sampling, device=device, dtype=dtype)
+    if config.backend == "vllm":
+        return VllmWriter(name, config, config.dtype)
+    return TransformersWriter(name, tokenizer, config, device=config.device, dtype=config.dtype)
 
 
 class TransformersWriter:
-    """Batched generation by transformers; log-probs by our packs."""
+    """Batched generation by transformers; log-probs by the packed forward."""
 
     def __init__(
         self, name: str, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, *, device: str, dtype: str
@@ -104,11 +102,11 @@ class TransformersWriter:
         ]
 
     def _generate(self, prompts: Sequence[list[int]], temperature: float, seed: int) -> list[list[int]]:
-        """The tokens written, up to the end token."""
+        """The generated tokens, up to the end token."""
         from transformers import GenerationConfig
 
         model, device = self.policy.model, self.policy.device
-        # A configuration of our own in place of the model's: its top-k or penalties would sample from something else.
+        # Replaces the model's own configuration, whose top-k or penalties would change the distribution.
         model.generation_config = GenerationConfig(
             do_sample=temperature > 0,
             max_new_tokens=self.sampling.max_new_tokens,
@@ -136,7 +134,7 @@ class TransformersWriter:
         if not self._is_checked:
             self.policy = with_fitting_layout(self.policy, groups)
             self._is_checked = True
-        # The copies of a prompt stand together and are one group: their prompt is computed once.
+        # Copies of a prompt are adjacent and form one group, so that their prompt is computed once.
         merged: list[Group] = []
         for group in groups:
             if merged and np.array_equal(merged[-1].prompt_ids, group.prompt_ids):
@@ -151,7 +149,7 @@ class TransformersWriter:
 
 
 class VllmWriter:
-    """Generation by vLLM, which batches by itself: `generation_batch_size` may be large."""
+    """Generation by vLLM, which does its own batching: `generation_batch_size` may be large."""
 
     def __init__(self, name: str, sampling: SamplingConfig, dtype: str) -> None:
         """Load the model into vLLM's engine."""
@@ -159,9 +157,9 @@ class VllmWriter:
             from vllm import LLM
         except ImportError as error:
             raise UserError(
-                "--backend vllm: vLLM is not installed here: pip install vllm, or leave --backend transformers"
+                "--backend vllm: vLLM is not installed: pip install vllm, or use --backend transformers"
             ) from error
-        # Log-probs of the model's own distribution, as `TransformersWriter` gives them.
+        # Log-probs under the model's own distribution, as `TransformersWriter` reports them.
         self.engine: Any = LLM(model=name, dtype=dtype, seed=sampling.seed, logprobs_mode="raw_logprobs")
         self.sampling = sampling
 
@@ -188,7 +186,7 @@ class VllmWriter:
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """What ends an answer: the tokenizer's end token and those of the model's generation configuration."""
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation configuration."""
     own = model.generation_config.eos_token_id
     found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return {int(token) for token in found if token is not None}

@@ -1,4 +1,4 @@
-"""`dpo-fast pair`: scored answers -> preference rows, what was left out, and how much longer the chosen ones are."""
+"""`dpo-fast pair`: scored answers -> preference rows, some of them held out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from rich.console import Console
 
 from dpo_fast.config import PairConfig
 from dpo_fast.console import say
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, responses_of, text_of
-from dpo_fast.curate.rows import write_rows as write
+from dpo_fast.curate.messages import text_of
+from dpo_fast.curate.pair_report import LengthBias, PairReport
+from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, responses_of, write_rows
 from dpo_fast.curate.sample import SAMPLES
 from dpo_fast.data.formats import choose_pairs
 from dpo_fast.errors import UserError
@@ -25,99 +26,18 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
-@dataclass
-class PairReport:
-    """What became of the prompts.
-
-    Attributes:
-        prompts: with a list of answers.
-        paired: that gave a pair at least.
-        alike: whose answers all score alike, or within `min_score_gap`.
-        unjudged: with fewer than two different answers that have a score.
-        cut: whose better answers were all cut at `max_new_tokens`.
-        unusable: rows without answers or scores, with the reason of each.
-        before: length bias of all pairs.
-        after: of those that `balance_length` left, where it was asked for.
-    """
-
-    prompts: int = 0
-    paired: int = 0
-    alike: int = 0
-    unjudged: int = 0
-    cut: int = 0
-    unusable: list[str] = field(default_factory=list)
-    before: LengthBias | None = None
-    after: LengthBias | None = None
-
-    def render(self) -> str:
-        """A few lines for the terminal."""
-        lines = [f"{self.prompts} prompts, {self.paired} of them with pairs"]
-        for number, sentence in (
-            (self.alike, "answers all score alike, within --min_score_gap"),
-            (self.unjudged, "fewer than two different answers have a score"),
-            (self.cut, "every better answer was cut at max_new_tokens (--truncated keep takes them)"),
-        ):
-            if number:
-                lines.append(f"  left out {number}: {sentence}")
-        if self.unusable:
-            lines.append(f"  left out {len(self.unusable)}: {self.unusable[0]}")
-        for when, bias in (("", self.before), ("balanced: ", self.after)):
-            if bias is not None:
-                lines.append(f"  {when}{bias.render()}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class LengthBias:
-    """How much longer chosen answers are, in characters.
-
-    Attributes:
-        pairs: counted.
-        longer, shorter: pairs whose chosen answer is longer, or shorter.
-        chosen, rejected: mean lengths.
-        ratio: geometric mean of chosen over rejected length; an empty answer counts as one character.
-    """
-
-    pairs: int
-    longer: int
-    shorter: int
-    chosen: float
-    rejected: float
-    ratio: float
-
-    @classmethod
-    def of(cls, lengths: Sequence[tuple[int, int]]) -> LengthBias | None:
-        """Of (chosen, rejected) lengths; None if there are none."""
-        if not lengths:
-            return None
-        chosen, rejected = (sum(side) / len(lengths) for side in zip(*lengths, strict=True))
-        logs = [math.log(max(a, 1) / max(b, 1)) for a, b in lengths]
-        longer, shorter = sum(a > b for a, b in lengths), sum(a < b for a, b in lengths)
-        return cls(len(lengths), longer, shorter, chosen, rejected, math.exp(sum(logs) / len(logs)))
-
-    def render(self) -> str:
-        """One line, with advice where length and preference go together."""
-        line = (
-            f"{self.pairs} pairs: the chosen answer is longer in {self.longer}, shorter in {self.shorter}; mean length "
-            f"{self.chosen:.0f} against {self.rejected:.0f} characters ({self.ratio:.2f}x)"
-        )
-        decided = self.longer + self.shorter
-        # Two standard errors of a fair coin.
-        if decided >= 20 and abs(self.longer / decided - 0.5) > max(0.1, decided**-0.5):
-            line += "; length alone tells them apart in part: see --balance_length"
-        return line
-
-
 def run_pair(config: PairConfig, *, console: Console | None = None) -> Path:
-    """Pair the answers of `config.data`, write `config.out` and, for the prompts held out, `config.eval_out`.
+    """Pair the answers of `config.data`; write `config.out` and, for held-out prompts, `config.eval_out`.
 
     Raises:
-        UserError: a mistake in the settings, or no prompt gives a pair.
+        UserError: a mistake in the settings, or no prompt yields a pair.
     """
     console = console or Console()
     out = check_out(config.out, overwrite=config.overwrite)
     if (config.eval_split > 0) != (config.eval_out is not None):
-        raise UserError("--eval_split and --eval_out go together: the share that is held out, and the file it goes to")
+        raise UserError(
+            "--eval_split and --eval_out go together: the share of prompts to hold out and the file for them"
+        )
     eval_out = None
     if config.eval_out is not None:
         eval_out = check_out(config.eval_out, option="--eval_out", overwrite=config.overwrite)
@@ -125,11 +45,11 @@ def run_pair(config: PairConfig, *, console: Console | None = None) -> Path:
     train, held_out, report = pair_rows(rows, config)
     say(console, report.render())
     if not train:
-        raise UserError(f"--data {config.data}: gives no pair to train on")
-    write(out, train)
+        raise UserError(f"--data {config.data}: yields no pair to train on")
+    write_rows(out, train)
     say(console, f"{len(train)} pairs: {out}")
     if eval_out is not None:
-        write(eval_out, held_out)
+        write_rows(eval_out, held_out)
         say(console, f"{len(held_out)} pairs held out: {eval_out}")
     return out
 
@@ -138,17 +58,17 @@ def pair(data: Rows, *, console: Console | None = None, **settings: Any) -> Data
     """Preference rows from scored answers.
 
     Args:
-        data: a file's or Hub data set's name, a list of dicts or a `datasets.Dataset`, with columns `prompt`,
+        data: a file name, a Hub dataset's name, a list of dicts or a `datasets.Dataset`, with columns `prompt`,
             `responses` and `scores`.
-        console: where the report is shown.
+        console: where the report is printed.
         settings: fields of `PairConfig`.
 
     Returns:
-        Rows of `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score` and `score_gap`; with `eval_split` a
+        Rows with `prompt`, `chosen`, `rejected`, `chosen_score`, `rejected_score` and `score_gap`; with `eval_split` a
         `DatasetDict` of `train` and `test`.
 
     Raises:
-        UserError: a mistake in the settings, or no prompt gives a pair.
+        UserError: a mistake in the settings, or no prompt yields a pair.
     """
     from datasets import DatasetDict
 
@@ -157,7 +77,7 @@ def pair(data: Rows, *, console: Console | None = None, **settings: Any) -> Data
     train, held_out, report = pair_rows(as_rows(data, console), config)
     say(console, report.render())
     if not train:
-        raise UserError("no prompt gives a pair to train on")
+        raise UserError("no prompt yields a pair to train on")
     if config.eval_split > 0:
         return DatasetDict({"train": as_dataset(train), "test": as_dataset(held_out)})
     return as_dataset(train)
@@ -209,7 +129,7 @@ class _Candidates:
         scores = row.get(config.scores_column)
         if not isinstance(scores, list) or len(scores) != len(responses):
             raise UserError(
-                f"row {number}: field {config.scores_column!r}: expected a list of {len(responses)} numbers, one an "
+                f"row {number}: field {config.scores_column!r}: expected a list of {len(responses)} numbers, one per "
                 "answer, as dpo-fast label writes it"
             )
         wrong = [s for s in scores if s is not None and not (isinstance(s, int | float) and math.isfinite(s))]
@@ -225,11 +145,11 @@ class _Candidates:
         return cls(row, [responses[i] for i in used], [float(scores[i]) for i in used], [finished[i] for i in used])
 
     def choose(self, config: PairConfig, report: PairReport) -> list[tuple[int, int]]:
-        """(better, worse) numbers of answers; where there is none, counts why."""
+        """(better, worse) indices of answers; counts in the report why there is none."""
         if len(self.scores) < 2:
             report.unjudged += 1
             return []
-        # The best and the worst are found among all pairs, since the best may be one that must not be chosen.
+        # The best pair is found among all pairs, since the best answer may be one that must not be chosen.
         which = "all" if config.pairs == "best_worst" else config.pairs
         found = [
             (a, b)
@@ -237,7 +157,7 @@ class _Candidates:
             if self.responses[a] != self.responses[b]
         ]
         if not found:
-            report.alike += 1
+            report.tied += 1
             return []
         if config.truncated == "never_chosen":
             found = [(a, b) for a, b in found if self.finished[a]]
@@ -253,7 +173,7 @@ class _Candidates:
         return abs(a - b)
 
     def preference(self, number: int, better: int, worse: int, config: PairConfig) -> Row:
-        """The row that `dpo-fast train` reads; answers to messages are messages."""
+        """The row that `dpo-fast train` reads; if the prompt is messages, so are the answers."""
         prompt = self.row[config.prompt_column]
         chosen, rejected = (
             [{"role": "assistant", "content": response}]
@@ -263,13 +183,8 @@ class _Candidates:
         )
         tools = {} if self.row.get("tools") is None else {"tools": self.row["tools"]}
         scores = {"chosen_score": self.scores[better], "rejected_score": self.scores[worse]}
-        return {
-            **{config.prompt_column: prompt, "chosen": chosen, "rejected": rejected},
-            **tools,
-            **scores,
-            "score_gap": self.scores[better] - self.scores[worse],
-            "row": number,
-        }
+        gap = {"score_gap": self._gap((better, worse)), "row": number}
+        return {config.prompt_column: prompt, "chosen": chosen, "rejected": rejected} | tools | scores | gap
 
 
 def _lengths(pair: Row) -> tuple[int, int]:
@@ -277,7 +192,7 @@ def _lengths(pair: Row) -> tuple[int, int]:
 
 
 def _balanced(pairs: list[Row], seed: int) -> list[Row]:
-    """As many pairs whose chosen answer is longer as pairs whose is shorter; the rest is left out at random."""
+    """As many pairs whose chosen answer is longer as shorter; the surplus is dropped at random."""
     sides: dict[int, list[int]] = {1: [], -1: [], 0: []}
     for i, one in enumerate(pairs):
         chosen, rejected = _lengths(one)
@@ -293,7 +208,7 @@ def _key(pair: Row, config: PairConfig) -> str:
 
 
 def _held_out(pairs: list[Row], config: PairConfig) -> set[str]:
-    """Prompts that are held out: those with the smallest hashes, so that a prompt's side hardly depends on others."""
+    """Prompts to hold out: those with the smallest hashes, so that a prompt's side hardly depends on the others."""
     prompts = sorted(
         {_key(pair, config) for pair in pairs},
         key=lambda prompt: xxhash.xxh3_128_digest(f"{config.seed}/{prompt}".encode()),

@@ -1,4 +1,4 @@
-"""What all steps of curation share: rows in, rows out, and the text of a prompt or an answer."""
+"""What all steps of curation share: rows in, rows out."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Rows: TypeAlias = "str | Path | Sequence[Row] | Dataset"
 
 
 def read_objects(source: str, max_rows: int | None, console: Console) -> list[Row]:
-    """Rows of a file or Hub data set; those that are no objects are left out, counted, and the first one is named.
+    """Rows of a file or Hub dataset; those that are not objects are dropped and counted, and the first one is named.
 
     Raises:
-        UserError: the source cannot be read, or holds no usable row.
+        UserError: the source cannot be read, or has no usable rows.
     """
     if not source:
         raise UserError("no data given: pass --data with a file of rows or a Hub dataset's name")
@@ -36,27 +36,27 @@ def read_objects(source: str, max_rows: int | None, console: Console) -> list[Ro
             rows.append(row.value)
         else:
             broken.append(f"{row.place}: {row.error or 'expected an object with fields'}")
-    tell_left_out(console, broken, f"{source}: ")
+    report_dropped(console, broken, f"{source}: ")
     if not rows:
-        raise UserError(f"--data {source}: holds no usable row; expected one JSON object a line")
+        raise UserError(f"--data {source}: no usable rows; expected one JSON object per line")
     return rows
 
 
-def tell_left_out(console: Console, reasons: Sequence[str], source: str = "") -> None:
-    """Say how many rows are left out, and why the first one is; nothing where there are none."""
+def report_dropped(console: Console, reasons: Sequence[str], source: str = "") -> None:
+    """Say how many rows are dropped and why the first one is; nothing if there are none."""
     if reasons:
-        say(console, f"{source}{len(reasons)} rows left out ({reasons[0]})")
+        say(console, f"{source}{len(reasons)} rows dropped ({reasons[0]})")
 
 
 def as_rows(data: Rows, console: Console) -> list[Row]:
-    """Rows of whatever the Python functions take: a file's name, a Hub name, a list of dicts or a `Dataset`."""
+    """Rows of whatever the Python functions take: a file name, a Hub name, a list of dicts or a `Dataset`."""
     if isinstance(data, str | Path):
         return read_objects(str(data), None, console)
     return [dict(row) for row in data]
 
 
 def as_dataset(rows: Iterable[Row]) -> Dataset:
-    """Rows as a `datasets.Dataset`; a key that some rows lack is null there.
+    """Rows as a `datasets.Dataset`; a key that a row lacks is null.
 
     Raises:
         UserError: a column holds values of several types, such as strings and messages.
@@ -70,16 +70,16 @@ def as_dataset(rows: Iterable[Row]) -> Dataset:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
     except pyarrow.ArrowException as error:
         raise UserError(
-            f"these rows cannot be one Dataset, whose columns have one type each ({error}): make the column's values "
-            "alike, or use the commands on files, which do not mind"
+            f"these rows cannot be one Dataset, whose columns have one type each ({error}): give a column's values one "
+            "type, or use the commands on files, which accept mixed types"
         ) from error
 
 
 def check_out(out: str, *, option: str = "--out", overwrite: bool) -> Path:
-    """The file to write.
+    """The path of the file to write.
 
     Raises:
-        UserError: none was given, it has another ending, or it is there already.
+        UserError: none was given, it has another extension, or it exists already.
     """
     if not out:
         raise UserError(f"no output given: pass {option} with the .jsonl file to write")
@@ -87,12 +87,12 @@ def check_out(out: str, *, option: str = "--out", overwrite: bool) -> Path:
     if path.suffix != ".jsonl":
         raise UserError(f"{option} {out}: expected a file that ends in .jsonl")
     if path.exists() and not overwrite:
-        raise UserError(f"{option} {out} is there already: choose another file, or replace it by --overwrite true")
+        raise UserError(f"{option} {out} exists already: choose another file, or replace it with --overwrite true")
     return path
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write one JSON object a line; the file is whole or not there."""
+    """Write one JSON object per line; the file is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(path, "".join(_line(row) for row in rows))
 
@@ -101,18 +101,9 @@ def _line(row: Row) -> str:
     line = json.dumps(row, ensure_ascii=False) + "\n"
     try:
         line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: no file can hold it, but JSON's escapes can
+    except UnicodeEncodeError:  # half of a surrogate pair: UTF-8 cannot hold it, but JSON escapes can
         return json.dumps(row) + "\n"
     return line
-
-
-def text_of(value: Any) -> str:
-    """The text of a prompt or an answer: a string as it is, of messages the contents, one below the other."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        value = [value]
-    return "\n\n".join(str(message.get("content") or "") for message in value)
 
 
 def responses_of(row: Row, column: str, number: int) -> list[Any]:
@@ -121,10 +112,10 @@ def responses_of(row: Row, column: str, number: int) -> list[Any]:
     Args:
         row: with a list of strings or messages.
         column: its name.
-        number: of the row, counted from 0, for messages.
+        number: of the row, counted from 0, for error messages.
 
     Raises:
-        UserError: there is none, or it is no list of answers.
+        UserError: the column is missing, or is not a list of answers.
     """
     responses = row.get(column)
     if not isinstance(responses, list) or not all(isinstance(value, str | list | dict) for value in responses):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,13 +13,13 @@ import xxhash
 from rich.console import Console
 
 from dpo_fast.config import SampleConfig
-from dpo_fast.console import progress_line, say
+from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, tell_left_out, write_rows
+from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, report_dropped, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
 from dpo_fast.data.formats import Text, to_prompt
 from dpo_fast.data.row_report import RowError
-from dpo_fast.data.tokenize import Tokenizing
+from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.model.load import load_tokenizer
 
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 RESPONSES, SAMPLES = "responses", "samples"
-# Settings that change no answer.
+# Settings that do not change any answer.
 _NEUTRAL = ("out", "overwrite")
 
 
 def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
-    """Answer the prompts of `config.data` and write `config.out`, one row a prompt.
+    """Answer the prompts of `config.data` and write `config.out`, one row per prompt.
 
-    Answers are kept batch by batch in `OUT.partial`; a run that was killed goes on after the last whole batch, to the
-    same answers.
+    Answers are kept batch by batch in `OUT.partial`; a killed run resumes after the last complete batch and ends with
+    the same answers.
 
     Raises:
         UserError: a mistake in the settings or the data.
@@ -55,14 +56,14 @@ def sample(data: Rows, model: str | list[str], *, console: Console | None = None
     """Several answers to each prompt.
 
     Args:
-        data: a file's or Hub data set's name, a list of dicts or a `datasets.Dataset`, with a column `prompt`.
+        data: a file name, a Hub dataset's name, a list of dicts or a `datasets.Dataset`, with a column `prompt`.
         model: checkpoint folder, Hub name or .gguf file, or a list of them.
-        console: where progress is shown.
+        console: where progress is printed.
         settings: fields of `SampleConfig`.
 
     Returns:
-        The rows with `responses` and, for each of them, `samples`: model, temperature, seed, log-prob in nats, tokens,
-        whether it is finished, and how many times it was sampled.
+        The rows with `responses` and, for each of them, `samples`: model, temperature, seed, log-prob in nats, number
+        of tokens, whether it finished, and how many times it was sampled.
 
     Raises:
         UserError: a mistake in the settings or the data.
@@ -74,16 +75,16 @@ def sample(data: Rows, model: str | list[str], *, console: Console | None = None
 def sample_rows(
     rows: Sequence[Row], config: SampleConfig, *, console: Console, log: WorkLog | None = None
 ) -> list[Row]:
-    """The rows with their different answers; see `sample`. Rows without a usable prompt are left out, and counted."""
+    """The rows with their distinct answers; see `sample`. Rows without a usable prompt are dropped and counted."""
     written = answer_rows(rows, config, console=console, log=log)
-    different = [without_duplicates(row) for row in written]
-    before, after = (sum(len(row[RESPONSES]) for row in some) for some in (written, different))
-    say(console, f"{before} answers, {before - after} of them sampled before")
-    return different
+    distinct = [without_duplicates(row) for row in written]
+    before, after = (sum(len(row[RESPONSES]) for row in some) for some in (written, distinct))
+    say(console, f"{before} answers, {before - after} duplicates")
+    return distinct
 
 
 def without_duplicates(row: Row) -> Row:
-    """The row with each of its answers once and without token ids; `copies` says how many times it was sampled."""
+    """The row with each answer once and without token ids; `copies` says how many times it was sampled."""
     kept: dict[str, Row] = {}
     for text, sampled in zip(row[RESPONSES], row[SAMPLES], strict=True):
         figures = {name: value for name, value in sampled.items() if name != "ids"}
@@ -100,7 +101,7 @@ class _Log(Protocol):
 
 
 class _Memory:
-    """A log of a run that nobody will go on with."""
+    """A log of a run that nobody will resume."""
 
     def __init__(self) -> None:
         self.results: dict[str, Any] = {}
@@ -110,8 +111,17 @@ class _Memory:
 
 
 @dataclass(frozen=True)
+class _Prompt:
+    """A row that has a prompt, with its token ids for the model that is answering."""
+
+    row: Row
+    text: Text
+    ids: list[int]
+
+
+@dataclass(frozen=True)
 class _Batch:
-    """Answers that are written at once: `prompts` are numbers of rows, one for each answer."""
+    """Answers that are written at once; `prompts` are indices of prompts, one per answer."""
 
     key: str
     model: str
@@ -132,41 +142,60 @@ def answer_rows(
     sources = [(model, temperature) for model in models for temperature in temperatures]
     _check(config, sources)
     done: _Log = log or _Memory()
-    prompts: list[tuple[Row, Text]] | None = None
+    prompts: list[_Prompt] = []
     batches: list[_Batch] = []
     with progress_line(console, "sampling", 0) as line:
         for model, group in groupby(enumerate(sources), lambda source: source[1][0]):
             tokenizer = load_tokenizer(model, config.chat_template)
-            tokenize = Tokenizing(tokenizer)
-            if prompts is None:
+            tokenize = PairTokenizer(tokenizer)
+            if prompts:
+                prompts = [replace(p, ids=tokenize.prompt_ids(p.text, p.row.get(config.tools_column))) for p in prompts]
+            else:
                 prompts = _prompts(rows, config, tokenize, console)
                 line.start(len(prompts) * config.num_samples)
-            ids = [tokenize.prompt_ids(prompt, row.get(config.tools_column)) for row, prompt in prompts]
+            ids = [prompt.ids for prompt in prompts]
             own = [batch for number, (_, t) in group for batch in _batches(number, model, t, ids, config, len(sources))]
+            _write(own, ids, done, partial(load_writer, model, tokenizer, config), line)
             batches += own
-            writer: Writer | None = None
-            for batch in own:
-                if batch.key not in done.results:
-                    writer = writer or load_writer(model, tokenizer, config, device=config.device, dtype=config.dtype)
-                    answers = writer([ids[i] for i in batch.prompts], batch.temperature, batch.seed)
-                    done.add({batch.key: [asdict(answer) for answer in answers]})
-                line.advance(len(batch.prompts))
-    assert prompts is not None, "there is at least one model"
+    return _with_answers(prompts, batches, done.results, config)
+
+
+def _write(
+    batches: list[_Batch], ids: list[list[int]], done: _Log, load: Callable[[], Writer], line: ProgressLine
+) -> None:
+    """Write the batches that are not done yet; the model is loaded only if there are any."""
+    writer: Writer | None = None
+    for batch in batches:
+        if batch.key not in done.results:
+            writer = writer or load()
+            answers = writer([ids[i] for i in batch.prompts], batch.temperature, batch.seed)
+            done.add({batch.key: [asdict(answer) for answer in answers]})
+        line.advance(len(batch.prompts))
+
+
+def _with_answers(
+    prompts: list[_Prompt], batches: list[_Batch], results: dict[str, Any], config: SampleConfig
+) -> list[Row]:
+    """The prompts' rows with their answers and where each of them comes from."""
     found: list[list[tuple[str, Row]]] = [[] for _ in prompts]
     for batch in batches:
-        for i, answer in zip(batch.prompts, done.results[batch.key], strict=True):
-            origin = {"model": batch.model, "temperature": batch.temperature, "seed": batch.seed}
+        origin = {"model": batch.model, "temperature": batch.temperature, "seed": batch.seed}
+        for i, answer in zip(batch.prompts, results[batch.key], strict=True):
             figures = {name: value for name, value in answer.items() if name != "text"}
             found[i].append((answer["text"], origin | figures | {"num_tokens": len(answer["ids"])}))
     return [
-        row
-        | {config.prompt_column: prompt, RESPONSES: [text for text, _ in answers], SAMPLES: [how for _, how in answers]}
-        for (row, prompt), answers in zip(prompts, found, strict=True)
+        prompt.row
+        | {
+            config.prompt_column: prompt.text,
+            RESPONSES: [text for text, _ in answers],
+            SAMPLES: [how for _, how in answers],
+        }
+        for prompt, answers in zip(prompts, found, strict=True)
     ]
 
 
 def _check(config: SampleConfig, sources: list[tuple[str, float]]) -> None:
-    """Refuse settings that cannot be meant."""
+    """Reject settings that cannot work."""
     if not all(model for model, _ in sources) or not sources:
         raise UserError("no model given: pass --model with a checkpoint folder, a Hub name or a .gguf file")
     if config.num_samples < len(sources):
@@ -183,36 +212,35 @@ def _check(config: SampleConfig, sources: list[tuple[str, float]]) -> None:
         raise UserError(f"--top_p {config.top_p}: expected a share above 0, at most 1")
 
 
-def _prompts(
-    rows: Sequence[Row], config: SampleConfig, tokenize: Tokenizing, console: Console
-) -> list[tuple[Row, Text]]:
-    """The rows that have a prompt, and the prompt; strings become a user's turn where they shall."""
+def _prompts(rows: Sequence[Row], config: SampleConfig, tokenize: PairTokenizer, console: Console) -> list[_Prompt]:
+    """The rows that have a prompt, tokenized; strings become a user turn if so configured."""
     wrap = config.apply_chat_template
     if wrap is None:
         wrap = bool(tokenize.tokenizer.chat_template)
-    usable: list[tuple[Row, Text]] = []
-    refused: list[str] = []
+    usable: list[_Prompt] = []
+    dropped: list[str] = []
     for number, row in enumerate(rows):
         try:
             prompt, tools = to_prompt(row, config.prompt_column, config.tools_column)
             if wrap and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            if not tokenize.prompt_ids(prompt, tools):
-                raise RowError("wrong_type", "the prompt has no tokens, so a model has nothing to go on from")
+            ids = tokenize.prompt_ids(prompt, tools)
+            if not ids:
+                raise RowError("wrong_type", "the prompt has no tokens, so there is nothing for a model to continue")
         except RowError as error:
-            refused.append(f"row {number}: {error}")
+            dropped.append(f"row {number}: {error}")
         else:
-            usable.append((row | ({} if tools is None else {config.tools_column: tools}), prompt))
-    tell_left_out(console, refused)
+            usable.append(_Prompt(row | ({} if tools is None else {config.tools_column: tools}), prompt, ids))
+    report_dropped(console, dropped)
     if not usable:
-        raise UserError("no row has a prompt to answer" + (f": {refused[0]}" if refused else ""))
+        raise UserError("no row has a prompt to answer" + (f": {dropped[0]}" if dropped else ""))
     return usable
 
 
 def _batches(
     number: int, model: str, temperature: float, ids: list[list[int]], config: SampleConfig, num_sources: int
 ) -> Iterator[_Batch]:
-    """The batches of one model at one temperature, prompts of like length together, the longest first."""
+    """The batches of one model at one temperature: prompts of similar length together, the longest first."""
     copies = len(range(number, config.num_samples, num_sources))
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     jobs = [i for i in order for _ in range(copies)]

@@ -1,4 +1,4 @@
-"""What a signal says of one answer: a number, or why there is none."""
+"""What a signal says about one answer: a score, or why there is none."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Unjudged(Exception):
 
 
 class Worst(Exception):
-    """An answer that a signal ranks below all of its row that it has a score for; the message says why.
+    """An answer that a signal ranks below every scored answer of its row; the message says why.
 
-    No number could say so: an answer that names no number must lose against one that is wrong by any amount, yet a
-    score of -1e300 would swamp every other signal and every loss that reads gaps between scores.
+    No fixed score could express that: an answer without a number must lose to one that is wrong by any amount, yet a
+    score of -1e300 would drown every other signal, and every loss that reads score gaps.
     """
 
 
@@ -29,7 +29,7 @@ TextSignal: TypeAlias = "Callable[[str, Row], float]"
 
 
 class Verdict(NamedTuple):
-    """A score, or None; and why it is None, or what was wrong with the answer."""
+    """A score or None, and why it is None or what was wrong with the answer."""
 
     score: float | None
     reason: str | None = None
@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """A row to be judged.
+    """A row to judge.
 
     Attributes:
         row: all its columns.
@@ -51,7 +51,7 @@ class Question:
 
 
 def verdict_of(signal: TextSignal, answer: str, row: Row) -> Verdict:
-    """Call a signal. Whatever it raises or returns becomes a verdict, except what ends the process."""
+    """Call a signal. Whatever it raises or returns becomes a verdict, unless it ends the process."""
     try:
         score = float(signal(answer, row))
     except Unjudged as error:
@@ -65,14 +65,14 @@ def verdict_of(signal: TextSignal, answer: str, row: Row) -> Verdict:
     return Verdict(score)
 
 
-def settle(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """One signal's verdicts on a row, with a score for its worst answers: 1 below the lowest other one."""
+def rank_worst_last(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """One signal's verdicts on a row, its worst answers scored 1 below the lowest of the others."""
     lowest = min((v.score for v in verdicts if v.score is not None and v.score != -math.inf), default=0.0)
     return [Verdict(lowest - 1, v.reason) if v.score == -math.inf else v for v in verdicts]
 
 
 def describe(error: BaseException) -> str:
-    """`ValueError: message`, even where the message itself cannot be made."""
+    """`ValueError: message`, or the name alone if making the message fails."""
     name = type(error).__name__
     try:
         return f"{name}: {error}" if str(error) else name

@@ -10,7 +10,7 @@ from dpo_fast.config import DataConfig
 from dpo_fast.data.formats import Preference, to_preference
 from dpo_fast.data.row_report import DROPPED, DataReport, RowError
 from dpo_fast.data.rows import SourceRow, read_rows
-from dpo_fast.data.tokenize import Tokenizing, truncate
+from dpo_fast.data.tokenize import PairTokenizer, truncate
 from dpo_fast.errors import UserError
 from dpo_fast.packs.layout import Group
 
@@ -36,7 +36,7 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
             raise UserError(f"--{name} {limit}: expected a number above 0, or null for no limit")
     report = DataReport(config.data)
     groups: list[Group] = []
-    tokenize = Tokenizing(tokenizer)
+    tokenize = PairTokenizer(tokenizer)
     rows = read_rows(config.data, config.max_rows)
     while block := list(islice(rows, ROWS_AT_ONCE)):
         report.rows_read += len(block)

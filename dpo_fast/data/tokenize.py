@@ -33,7 +33,7 @@ class Tokens:
     changes: list[str] = field(default_factory=list)
 
 
-class Tokenizing:
+class PairTokenizer:
     """A tokenizer with what it takes to end a sequence right."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,9 +1,9 @@
 """What the demo trains on: a task whose answers a program can judge, and a small model that half knows it.
 
 A prompt is `name=Ada age=36 ->`, the wanted answer ` {"name": "Ada", "age": 36}`. The base model learns from examples
-that are broken as people break JSON: now and then a quote, comma, colon or brace is missing or wrong, and objects of
-three fields end in a trailing comma more often than not. So it fails half the time when it samples, and on most long
-objects even when it takes the likeliest token.
+broken the way people break JSON: occasionally a quote, comma, colon or brace is missing or wrong, and most objects of
+three fields end in a trailing comma. So it fails about half the time when it samples, and on most long objects even
+when it takes the likeliest token.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class BaseSize:
     """The base model and its training.
 
     Attributes:
-        hidden_size: of the Llama.
-        num_layers: of the Llama.
+        hidden_size: width of the Llama.
+        num_layers: depth of the Llama.
         steps: optimizer steps.
-        batch: examples of one step.
+        batch: examples per step.
     """
 
     hidden_size: int
@@ -53,7 +53,7 @@ class BaseSize:
 
     @property
     def num_examples(self) -> int:
-        """Examples of all steps."""
+        """Examples in all steps."""
         return self.steps * self.batch
 
 
@@ -105,7 +105,7 @@ def example_answer(fields: Fields, rng: random.Random) -> str:
 
 
 def parses(text: str) -> bool:
-    """Whether an answer is a JSON object, as the signal `json:object` says it."""
+    """Whether an answer is a JSON object, as the signal `json:object` decides it."""
     try:
         return isinstance(json.loads(text), dict)
     except ValueError:
@@ -113,12 +113,12 @@ def parses(text: str) -> bool:
 
 
 def is_right(answer: str, row: dict[str, Any]) -> bool:
-    """The signal `python:dpo_fast.demo.task:is_right`: an answer holds exactly the fields that its prompt asks for."""
+    """The signal `python:dpo_fast.demo.task:is_right`: the answer holds exactly the fields that its prompt asks for."""
     return parses(answer) and bool(json.loads(answer) == row["fields"])
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of 512 tokens; digits stay single, so that numbers are copied digit by digit."""
+    """A byte-level BPE of 512 tokens; digits are split, so that numbers are copied digit by digit."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -152,7 +152,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, size: BaseSize) -> PreTrained
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_LENGTH,
-        # At the default of 0.02 a model this narrow takes ten times as many steps to learn to copy from the prompt.
+        # At the default of 0.02, a model this narrow needs ten times as many steps to learn to copy from the prompt.
         initializer_range=size.hidden_size**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -173,13 +173,13 @@ def train_base(
 
     Args:
         model: trained in place; left in evaluation mode.
-        tokenizer: of the model.
+        tokenizer: the model's.
         examples: `size.num_examples` of them.
         size: steps and batch.
         advance: called after each step.
 
     Returns:
-        The last step's loss in nats a token.
+        The last step's loss in nats per token.
     """
     prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
     answers = tokenizer([answer for _, answer in examples], add_special_tokens=False)["input_ids"]
@@ -203,7 +203,7 @@ def train_base(
 
 
 def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
-    """(prompt ids, answer ids) rows as (B, L) int64 ids and labels, padded at the end; only answers have labels."""
+    """(prompt ids, answer ids) rows as (B, L) int64 ids and labels, padded on the right; only answers have labels."""
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), IGNORED_LABEL)

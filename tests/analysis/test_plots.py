@@ -1,3 +1,5 @@
+"""Plots: what is drawn from which rows."""
+
 import pytest
 
 from dpo_fast.analysis.plots import PANELS, draw_bars, draw_curves, make_figure, plot_metrics

@@ -1,4 +1,4 @@
-"""Scored answers -> preference rows."""
+"""Scored answers -> preference rows, and the report on them."""
 
 import json
 import math
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dpo_fast import pair
 from dpo_fast.cli import main
 from dpo_fast.config import DataConfig, PairConfig
-from dpo_fast.curate.pair import LengthBias, pair_rows
+from dpo_fast.curate.pair import pair_rows
+from dpo_fast.curate.pair_report import LengthBias
 from dpo_fast.data.formats import to_preference
 from dpo_fast.errors import UserError
 
@@ -33,7 +34,7 @@ def test_which_pairs_are_made():
     assert [gap for _, _, gap in pairs_of(ROW, pairs="all", pairs_per_prompt=3)] == [2.0, 2.0, 1.0]
 
 
-def test_answers_without_a_score_and_alike_prompts_are_left_out_and_counted():
+def test_unscored_answers_and_tied_prompts_are_dropped_and_counted():
     rows = [
         ROW | {"scores": [None, 1.0, None, 0.0]},
         ROW | {"scores": [None, 1.0, None, None]},
@@ -46,10 +47,10 @@ def test_answers_without_a_score_and_alike_prompts_are_left_out_and_counted():
     ]
     made, _, report = pair_rows(rows, PairConfig())
     assert [(row["chosen"], row["rejected"], row["row"]) for row in made] == [("bb", "dddd", 0)]
-    assert (report.prompts, report.paired, report.alike, report.unjudged, report.cut) == (5, 1, 2, 2, 0)
+    assert (report.prompts, report.paired, report.tied, report.unjudged, report.cut) == (5, 1, 2, 2, 0)
     assert len(report.unusable) == 3
     assert "row 4: field 'scores': expected a list of 4 numbers" in report.unusable[0]
-    assert "left out 2: answers all score alike" in report.render()
+    assert "dropped 2: all answers have the same score" in report.render()
 
 
 def test_answers_that_were_cut():
@@ -125,7 +126,7 @@ def test_datasets_in_and_out():
     split = pair(rows, eval_split=0.2)
     assert isinstance(split, DatasetDict)
     assert (len(split["train"]), len(split["test"])) == (8, 2)
-    with pytest.raises(UserError, match="no prompt gives a pair"):
+    with pytest.raises(UserError, match="no prompt yields a pair"):
         pair([ROW | {"scores": [0.0] * 4}])
 
 
@@ -137,13 +138,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert main([*command, "--eval-split", "0.3", "--eval-out", "held.jsonl"]) == 0
     counts = [len((tmp_path / name).read_text().splitlines()) for name in ("pairs.jsonl", "held.jsonl")]
     assert counts == [7, 3]
-    assert "10 prompts, 10 of them with pairs" in capsys.readouterr().out
+    assert "10 prompts, 10 with pairs" in capsys.readouterr().out
     for extra, message in (
-        ([], "pairs.jsonl is there already"),
+        ([], "pairs.jsonl exists already"),
         (["--overwrite", "--eval_split", "0.3"], "--eval_split and --eval_out go together"),
         (["--overwrite", "--pairs_per_prompt", "0"], "--pairs_per_prompt 0: expected"),
-        (["--overwrite", "--min_score_gap", "9"], "gives no pair to train on"),
-        (["--overwrite", "--scores_column", "marks"], "gives no pair to train on"),
+        (["--overwrite", "--min_score_gap", "9"], "yields no pair to train on"),
+        (["--overwrite", "--scores_column", "marks"], "yields no pair to train on"),
     ):
         assert main([*command, *extra]) == 2
         assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Answers: from the right distribution, with the right log-probs, the same ones after a kill."""
+"""Answers: from the right distribution, with the right log-probs, the same after a kill."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from dpo_fast import sample
 from dpo_fast.cli import main
 from dpo_fast.config import SampleConfig
 from dpo_fast.curate.sample import answer_rows, without_duplicates
+from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 
 QUIET = Console(quiet=True)
@@ -135,7 +136,7 @@ def test_duplicates_are_removed_and_counted():
     assert without_duplicates(greedy)["samples"] == [{"copies": 3}]
 
 
-def test_strings_become_turns_where_the_model_has_a_template(model, tmp_path):
+def test_strings_become_turns_if_the_model_has_a_template(model, tmp_path):
     (tmp_path / "template.jinja").write_text(TEMPLATE)
     config = config_of(model, chat_template=str(tmp_path / "template.jinja"))
     message = [{"role": "user", "content": "The quick brown"}]
@@ -149,15 +150,22 @@ def test_strings_become_turns_where_the_model_has_a_template(model, tmp_path):
     assert plain["responses"] == answer_rows(PROMPTS[:1], config_of(model), console=QUIET)[0]["responses"]
 
 
-def test_rows_without_a_prompt_are_left_out_and_named(model, capsys):
+def test_rows_without_a_prompt_are_dropped_and_named(model, capsys):
     rows = [{"prompt": ""}, {"question": "?"}, {"prompt": 3}, {"prompt": "The"}]
     written = answer_rows(rows, config_of(model), console=Console())
     assert [row["prompt"] for row in written] == ["The"]
-    assert (
-        "3 rows left out (row 0: field 'prompt': expected a prompt, found an empty string)" in capsys.readouterr().out
-    )
+    assert "3 rows dropped (row 0: field 'prompt': expected a prompt, found an empty string)" in capsys.readouterr().out
     with pytest.raises(UserError, match="no row has a prompt to answer: row 0: field 'prompt' is missing"):
         answer_rows(rows[1:2], config_of(model), console=QUIET)
+
+
+def test_each_prompt_is_tokenized_once_per_model(model, tmp_path, monkeypatch):
+    save_tiny_checkpoint(tmp_path / "second")
+    seen, prompt_ids = [], PairTokenizer.prompt_ids
+    monkeypatch.setattr(PairTokenizer, "prompt_ids", lambda *args: seen.append(args[1]) or prompt_ids(*args))
+    config = config_of([model, str(tmp_path / "second")], temperature=[0.7, 1.5], max_new_tokens=2)
+    answer_rows(PROMPTS, config, console=QUIET)
+    assert seen == [row["prompt"] for row in PROMPTS] * 2
 
 
 def test_datasets_in_and_out(model):
@@ -171,18 +179,18 @@ def test_datasets_in_and_out(model):
         assert sum(how["copies"] for how in row["samples"]) == 3
 
 
-def test_a_killed_command_goes_on_to_the_same_answers(model, tmp_path):
+def test_a_killed_command_resumes_to_the_same_answers(model, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS * 6))
     command = ["sample", "--model", model, "--data", "prompts.jsonl", "--max_new_tokens", "8", "--num_samples", "6"]
     command += ["--generation_batch_size", "4", "--out"]
     process = subprocess.Popen([sys.executable, "-m", "dpo_fast.cli", *command, "out.jsonl"], cwd=tmp_path)
     log = tmp_path / "out.jsonl.partial"
-    while not log.exists() or log.read_bytes().count(b"\n") < 4:
+    while not log.exists() or log.read_bytes().count(b'{"key"') < 3:
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    kept = log.read_bytes().count(b"\n") - 1
+    kept = log.read_bytes().count(b'{"key"')
     assert 3 <= kept < 36
     assert not (tmp_path / "out.jsonl").exists()
     before = os.getcwd()
@@ -210,7 +218,7 @@ def test_a_killed_command_goes_on_to_the_same_answers(model, tmp_path):
         ({"backend": "vllm"}, "pip install vllm"),
     ],
 )
-def test_settings_that_cannot_be_meant(model, monkeypatch, settings, message):
+def test_settings_that_cannot_work(model, monkeypatch, settings, message):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=message):
         answer_rows(PROMPTS, config_of(**{"model": model} | settings), console=QUIET)
@@ -251,4 +259,4 @@ def test_the_file_has_a_row_a_prompt(model, tmp_path, monkeypatch, capsys):
     assert [row["mark"] for row in rows] == [0, 1, 2, 3]
     assert "32 answers" in capsys.readouterr().out
     assert main(command) == 2
-    assert "out.jsonl is there already" in capsys.readouterr().err
+    assert "out.jsonl exists already" in capsys.readouterr().err

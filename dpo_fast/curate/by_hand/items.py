@@ -1,4 +1,4 @@
-"""Rows -> what a person sees of them, and text that does nothing but show itself."""
+"""Rows -> what a person sees of them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from dpo_fast.config import DataConfig, LabelConfig
-from dpo_fast.curate.rows import Row, responses_of, tell_left_out, text_of
+from dpo_fast.curate.messages import text_of
+from dpo_fast.curate.rows import Row, report_dropped, responses_of
 from dpo_fast.data.formats import to_preference, to_prompt
 from dpo_fast.data.row_report import DROPPED, RowError
 from dpo_fast.errors import UserError
 
 _CHOSEN, _REJECTED = DataConfig.chosen_column, DataConfig.rejected_column
-# Control characters, C1 among them since some terminals obey it, and the two that show letters in another order than
-# they stand in. Unicode's pictures of them would be shorter, but many fonts lack them.
-_CODES = [*range(0x20), *range(0x7F, 0xA0)]
-_VISIBLE = {code: f"\\x{code:02x}" for code in _CODES if chr(code) not in "\n\t"}
-_VISIBLE |= {code: f"\\u{code:04x}" for code in (0x202D, 0x202E)}
-
-
-def visible(text: str) -> str:
-    """The text with its control characters as escapes, such as `\\x1b`, to read; new lines and tabs stay."""
-    return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
 @dataclass(frozen=True)
@@ -33,8 +24,8 @@ class Item:
     """A row whose answers can be compared.
 
     Attributes:
-        row: with a prompt and a list of answers; what the result adds to.
-        prompt: (role, text) of each message; a prompt that is a string has no role.
+        row: with a prompt and a list of answers; the result adds columns to it.
+        prompt: (role, text) of each message; a prompt that is a string has an empty role.
         answers: their texts.
     """
 
@@ -44,7 +35,7 @@ class Item:
 
 
 def to_items(rows: Sequence[Row], config: LabelConfig, console: Console) -> list[Item]:
-    """The rows that can be judged; the others are left out, counted, and the first one is named.
+    """The rows that can be judged; the others are dropped and counted, and the first of them is named.
 
     Raises:
         UserError: no row can be judged.
@@ -58,7 +49,7 @@ def to_items(rows: Sequence[Row], config: LabelConfig, console: Console) -> list
             refused.append(f"row {number}: {str(error) or DROPPED[error.cause]}")
         except UserError as error:
             refused.append(str(error))
-    tell_left_out(console, refused)
+    report_dropped(console, refused)
     if not items:
         raise UserError(f"--data {config.data}: no row can be judged: {refused[0]}")
     return items
@@ -74,14 +65,14 @@ def _item(row: Row, number: int, config: LabelConfig) -> Item:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
-        # Half a surrogate pair, or a date of a columnar file: better left out now than in the way of the result.
+        # Half a surrogate pair, or a date from a columnar file: better to drop the row now than to fail on the result.
         raise RowError("wrong_type", f"cannot be written as JSON: {error}") from error
     shown = [("", prompt)] if isinstance(prompt, str) else [(m["role"], text_of(m)) for m in prompt]
     return Item(row, tuple(shown), tuple(map(text_of, answers)))
 
 
 def _from_pair(row: Row, config: LabelConfig) -> Row:
-    """The two answers as `responses`; their old columns go, since training would believe them before any score."""
+    """Both answers as `responses`; their old columns go, since training would trust them over any score."""
     found = to_preference(row, DataConfig(prompt_column=config.prompt_column), has_chat_template=False)
     if found.prompt is None:
         raise RowError("missing_field", f"field {config.prompt_column!r} is missing; --prompt_column maps another name")

@@ -4,8 +4,8 @@ const KEYS = {
   ArrowLeft: "left", 1: "left", ArrowRight: "right", 2: "right", 0: "tie", t: "tie", s: "skip", u: "undo",
 };
 const SAID = {left: "answer 1 is better", right: "answer 2 is better", tie: "a tie", skip: "skipped", undo: "taken back"};
-const GONE = "The program does not answer. Start it again by the same command, then open the address that it prints.";
-const STALE = "This page was behind, so nothing was judged. Here is what comes now.";
+const GONE = "The program does not respond. Rerun the same command and open the address that it prints.";
+const STALE = "This page was out of date, so nothing was judged. Here is the current comparison.";
 
 const element = (id) => document.getElementById(id);
 const buttons = [...document.querySelectorAll("button")];
@@ -19,7 +19,7 @@ function say(text, isAlarm = false) {
   message.classList.toggle("alarm", isAlarm);
 }
 
-// One request at a time: a second key press waits for nothing and judges nothing.
+// One request at a time: a key press during a request is ignored.
 async function ask(path, order) {
   if (busy) return;
   busy = true;
@@ -100,7 +100,7 @@ function showEnd() {
   const parts = [`${done - skipped} judged`, `${skipped} skipped`, duration(seconds)];
   if (repeated) parts.push(`you agreed with yourself ${agreed} of ${repeated} times`);
   element("summary").textContent = parts.join(" · ");
-  element("farewell").textContent = `The program ends by itself in ${Math.round(left)} seconds; until then u takes the last judgement back.`;
+  element("farewell").textContent = `The program exits in ${Math.round(left)} seconds; until then, u undoes the last judgement.`;
   ending = setTimeout(() => {
     for (const button of buttons) button.disabled = true;
     state.can_undo = false;
@@ -124,7 +124,7 @@ document.addEventListener("keydown", (event) => {
   act(KEYS[key]);
 });
 for (const button of buttons) button.addEventListener("click", () => act(button.dataset.choice ?? "undo"));
-// Another tab may have gone on in the meantime.
+// Another tab may have moved on in the meantime.
 document.addEventListener("visibilitychange", () => {
   if (document.visibilityState === "visible" && state && !state.finished) ask("state");
 });

@@ -1,8 +1,8 @@
-"""The page, served to this machine alone.
+"""The page, served to this machine only.
 
-Whoever wants anything needs the token of the address, a Host header that names this machine (a foreign name that was
-made to lead here is refused), and, to change something, the Origin of the page itself. Every change names the
-comparison that it is meant for; one that comes too late gets 409 and what is to be judged now.
+Every request needs the token from the address and a Host header that names this machine (against DNS rebinding);
+a change also needs the page's own Origin. Every change names the comparison it is meant for; if that is no longer the
+current one, the reply is 409 with the current comparison.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dpo_fast.curate.by_hand.items import visible
-from dpo_fast.curate.by_hand.judgements import CHOICES, Judging, StaleError
+from dpo_fast.console import visible
+from dpo_fast.curate.by_hand.session import CHOICES, JudgingSession, StaleError
 from dpo_fast.errors import UserError
 
 HOST = "127.0.0.1"
-# The page has this long to take the last judgement back, once all is judged.
+# How long the last judgement can still be undone once all is judged.
 SECONDS_TO_END = 10.0
 _PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 _BODY_LIMIT = 1000
@@ -48,15 +48,15 @@ _HEADERS = {
 
 
 class PageServer:
-    """The page of one person's judging; it listens from the start, and answers while `run` does."""
+    """The page of one session; it listens from construction on and answers while `run` runs."""
 
-    def __init__(self, judging: Judging, port: int, *, seconds_to_end: float = SECONDS_TO_END) -> None:
-        """Take the port; 0 takes a free one.
+    def __init__(self, session: JudgingSession, port: int, *, seconds_to_end: float = SECONDS_TO_END) -> None:
+        """Bind the port; 0 picks a free one.
 
         Raises:
-            UserError: it is taken.
+            UserError: the port cannot be bound.
         """
-        self._judging, self._seconds_to_end = judging, seconds_to_end
+        self._session, self._seconds_to_end = session, seconds_to_end
         self._end: asyncio.TimerHandle | None = None
         self._socket = _listen(port)
         token = secrets.token_urlsafe(32)
@@ -87,11 +87,11 @@ class PageServer:
         )
 
     def run(self) -> None:
-        """Serve until all is judged and a page has seen so, or until `stop`."""
+        """Serve until all is judged and a page has been told so, or until `stop`."""
         self._server.run(sockets=[self._socket])
 
     def stop(self) -> None:
-        """End `run`, from any thread."""
+        """Stop `run`, from any thread."""
         self._server.should_exit = True
 
     def __enter__(self) -> PageServer:
@@ -106,14 +106,14 @@ class PageServer:
         return self._answer(200)
 
     async def _judge(self, request: Request) -> Response:
-        order = await _order(request)
-        if order.get("choice") not in CHOICES:
+        body = await _read_body(request)
+        if body.get("choice") not in CHOICES:
             raise HTTPException(400, f"choice: expected one of {', '.join(CHOICES)}")
-        return self._change(lambda: self._judging.judge(order["place"], order["choice"]))
+        return self._change(lambda: self._session.judge(body["place"], body["choice"]))
 
     async def _undo(self, request: Request) -> Response:
-        order = await _order(request)
-        return self._change(lambda: self._judging.undo(order["place"]))
+        body = await _read_body(request)
+        return self._change(lambda: self._session.undo(body["place"]))
 
     def _change(self, change: Any) -> Response:
         try:
@@ -125,22 +125,22 @@ class PageServer:
         return self._answer(200)
 
     def _answer(self, status: int) -> Response:
-        """What the page shows now. Once it is told that all is judged, the end is near, unless that is taken back."""
-        finished = self._judging.is_finished
+        """The current state. Telling a page that all is judged starts the countdown to the end; an undo cancels it."""
+        finished = self._session.is_finished
         if finished and self._end is None:
             self._end = asyncio.get_running_loop().call_later(self._seconds_to_end, self.stop)
         elif not finished and self._end is not None:
             self._end.cancel()
             self._end = None
-        return _json(_state(self._judging) | {"seconds_to_end": self._seconds_to_end}, status)
+        return _json(_state(self._session) | {"seconds_to_end": self._seconds_to_end}, status)
 
 
-def _state(judging: Judging) -> dict[str, Any]:
-    progress = judging.progress()
+def _state(session: JudgingSession) -> dict[str, Any]:
+    progress = session.progress()
     state: dict[str, Any] = {
-        "place": judging.place,
-        "finished": judging.is_finished,
-        "can_undo": judging.can_undo,
+        "place": session.place,
+        "finished": session.is_finished,
+        "can_undo": session.can_undo,
         "done": progress.done,
         "total": progress.total,
         "skipped": progress.skipped,
@@ -148,7 +148,7 @@ def _state(judging: Judging) -> dict[str, Any]:
         "agreed": progress.agreed,
         "seconds": progress.seconds,
     }
-    shown = judging.show()
+    shown = session.show()
     if shown is not None:
         item, left, right = shown
         state["prompt"] = [{"role": visible(role), "text": visible(text)} for role, text in item.prompt]
@@ -156,17 +156,17 @@ def _state(judging: Judging) -> dict[str, Any]:
     return state
 
 
-async def _order(request: Request) -> dict[str, Any]:
-    """The JSON object that was sent, with a `place`."""
+async def _read_body(request: Request) -> dict[str, Any]:
+    """The JSON object that was sent, which holds a `place`."""
     if int(request.headers.get("content-length", _BODY_LIMIT + 1)) > _BODY_LIMIT:
         raise HTTPException(413)
     try:
-        order = json.loads(await request.body())
+        body = json.loads(await request.body())
     except ValueError as error:
         raise HTTPException(400, "expected JSON") from error
-    if not isinstance(order, dict) or type(order.get("place")) is not int:
+    if not isinstance(body, dict) or type(body.get("place")) is not int:
         raise HTTPException(400, "expected an object with the number of a place")
-    return order
+    return body
 
 
 def _json(value: Any, status: int) -> Response:
@@ -182,7 +182,7 @@ def _constant(content: bytes, kind: str) -> Any:
 
 def _listen(port: int) -> socket.socket:
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    # A port of a run that just ended may be taken again at once.
+    # The port of a run that just ended can be bound again at once.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((HOST, port))
@@ -190,12 +190,12 @@ def _listen(port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listening.close()
         why = error.strerror if isinstance(error, OSError) else "expected a number from 0 to 65535"
-        raise UserError(f"--port {port}: {why}; 0 takes a free one") from error
+        raise UserError(f"--port {port}: {why}; 0 picks a free one") from error
     return listening
 
 
 class _Guard:
-    """Refuses whatever does not come from the page, before anything else looks at it."""
+    """Refuses whatever does not come from the page, before anything else sees it."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app, self._token = app, token
@@ -217,7 +217,7 @@ class _Guard:
         if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", host):
             return "the Host is not this machine"
         if not secrets.compare_digest(scope["path"][1:].partition("/")[0].encode(), self._token.encode()):
-            return "open the address that dpo-fast label printed when it was started last"
+            return "open the address that dpo-fast label printed at its last start"
         if scope["method"] not in ("GET", "HEAD") and headers.get("origin") != f"http://{host}":
             return "the Origin is not this page"
         return None

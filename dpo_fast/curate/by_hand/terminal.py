@@ -1,4 +1,4 @@
-"""The queue in a terminal, or through a pipe: one line of input a judgement."""
+"""The queue in a terminal or through a pipe: one line of input per judgement."""
 
 from __future__ import annotations
 
@@ -6,50 +6,51 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_fast.curate.by_hand.items import Item, visible
-from dpo_fast.curate.by_hand.judgements import Choice, Judging
+from dpo_fast.console import visible
+from dpo_fast.curate.by_hand.items import Item
+from dpo_fast.curate.by_hand.session import Choice, JudgingSession
 
 _WORDS: dict[str, Choice] = {"l": "left", "1": "left", "r": "right", "2": "right", "t": "tie", "0": "tie", "s": "skip"}
 _ASK = "[l] left is better  [r] right  [t] tie  [s] skip  [u] undo  [q] quit > "
-_ASK_AT_THE_END = "all is judged: [Enter] ends, [u] undoes > "
-# Two columns narrower than this are harder to read than one below the other.
+_ASK_AT_THE_END = "all is judged: [Enter] quit  [u] undo > "
+# In a narrower terminal, two columns are harder to read than one answer below the other.
 _SIDE_BY_SIDE = 100
 
 
-def judge_in_terminal(judging: Judging, console: Console) -> None:
+def judge_in_terminal(session: JudgingSession, console: Console) -> None:
     """Ask until all is judged, `q` is typed, or the input ends."""
     shown: int | None = None
     while True:
-        place = judging.place
+        place = session.place
         if place != shown:
-            _print(judging, console)
+            _print(session, console)
             shown = place
         try:
-            ask = _ASK_AT_THE_END if judging.is_finished else _ASK
+            ask = _ASK_AT_THE_END if session.is_finished else _ASK
             word = console.input(Text(ask)).strip().lower()
         except EOFError:
             console.print()
             return
-        if word == "q" or (judging.is_finished and not word):
+        if word == "q" or (session.is_finished and not word):
             return
-        _obey(word, place, judging, console)
+        _apply(word, place, session, console)
 
 
-def _obey(word: str, place: int, judging: Judging, console: Console) -> None:
+def _apply(word: str, place: int, session: JudgingSession, console: Console) -> None:
     try:
-        if word == "u" and judging.can_undo:
-            judging.undo(place)
-        elif word in _WORDS and not judging.is_finished:
-            judging.judge(place, _WORDS[word])
+        if word == "u" and session.can_undo:
+            session.undo(place)
+        elif word in _WORDS and not session.is_finished:
+            session.judge(place, _WORDS[word])
         else:
             console.print(Text("nothing to undo" if word == "u" else "expected one of l, r, t, s, u, q"))
     except OSError as error:
         console.print(Text(f"not saved, so it does not count: {error.strerror or error}"))
 
 
-def _print(judging: Judging, console: Console) -> None:
-    console.rule(Text(judging.progress().render()))
-    shown = judging.show()
+def _print(session: JudgingSession, console: Console) -> None:
+    console.rule(Text(session.progress().render()))
+    shown = session.show()
     if shown is None:
         return
     item, left, right = shown

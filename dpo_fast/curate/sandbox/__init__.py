@@ -1,5 +1,5 @@
-"""Programs that are hostile until shown otherwise.
+"""Programs that are hostile until proven otherwise.
 
-processes  children that can be ended with all that they started
+processes  children that can be killed with everything they started
 output     what they print, up to a limit
 """

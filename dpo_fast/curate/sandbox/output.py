@@ -1,9 +1,10 @@
-"""What a program prints, read as it comes and never more than a limit of it."""
+"""What a program prints, read as it comes and never beyond a limit."""
 
 from __future__ import annotations
 
 import os
 import selectors
+import subprocess
 from types import TracebackType
 
 from dpo_fast.curate.verdict import Unjudged
@@ -13,35 +14,23 @@ _MOMENT = 0.002
 
 
 class Output:
-    """The two pipes of a program.
+    """Reads the standard output of a program, and counts and discards its standard error."""
 
-    Attributes:
-        stdout: descriptor to give to the program.
-        stderr: likewise; what comes there is counted and thrown away.
-    """
-
-    def __init__(self, limit: int) -> None:
-        """Open the pipes; `limit` is in bytes, of both together."""
-        self._limit = limit
-        self._left = limit
+    def __init__(self, process: subprocess.Popen[bytes], limit: int) -> None:
+        """Read from both pipes of `process`; `limit` is in bytes, of both together."""
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._limit = self._left = limit
         self._text = bytearray()
+        self._stdout = process.stdout
         self._selector = selectors.DefaultSelector()
-        self._from_stdout, self.stdout = os.pipe()
-        self._from_stderr, self.stderr = os.pipe()
-        for descriptor in (self._from_stdout, self._from_stderr):
-            os.set_blocking(descriptor, False)
-            self._selector.register(descriptor, selectors.EVENT_READ)
-        self._open = {self._from_stdout, self._from_stderr, self.stdout, self.stderr}
-
-    def started(self) -> None:
-        """Close the program's ends, which it has by now."""
-        self._close(self.stdout)
-        self._close(self.stderr)
+        for pipe in (process.stdout, process.stderr):
+            self._selector.register(pipe, selectors.EVENT_READ)
 
     def read(self, seconds: float) -> bool:
-        """Read what comes within `seconds`, a block of each pipe at most; whether there was something.
+        """Read what comes within `seconds`, at most one block of each pipe; returns whether there was something.
 
-        Where both ends are closed it returns soon, since the program is about to end.
+        Once both pipes are closed it returns almost at once, since the program is about to end.
 
         Raises:
             Unjudged: more came than the limit.
@@ -50,9 +39,8 @@ class Output:
         for key, _ in events:
             block = os.read(key.fd, _BLOCK)
             if not block:
-                self._selector.unregister(key.fd)
-                self._close(key.fd)
-            elif key.fd == self._from_stdout:
+                self._selector.unregister(key.fileobj)
+            elif key.fileobj is self._stdout:
                 self._text += block
             self._left -= len(block)
         if self._left < 0:
@@ -60,19 +48,14 @@ class Output:
         return bool(events)
 
     def drain(self) -> None:
-        """Read what is still in the pipes."""
+        """Read what is left in the pipes."""
         while self.read(0):
             pass
 
     def last_line(self) -> str:
-        """The last line on standard output that is not empty."""
+        """The last non-empty line on standard output."""
         lines = self._text.decode(errors="replace").rstrip().splitlines()
         return lines[-1] if lines else ""
-
-    def _close(self, descriptor: int) -> None:
-        if descriptor in self._open:
-            self._open.remove(descriptor)
-            os.close(descriptor)
 
     def __enter__(self) -> Output:
         return self
@@ -81,5 +64,3 @@ class Output:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._selector.close()
-        for descriptor in list(self._open):
-            self._close(descriptor)

@@ -1,7 +1,7 @@
-"""Ending processes for good: whole trees of them, though they hide, hang, fork or ignore signals.
+"""Killing whole trees of processes, even if they hide, hang, fork or ignore signals.
 
-On Linux a process can ask to inherit the orphans among its descendants (a subreaper), so a child that detached itself
-is still found below it. Elsewhere only those are found that are still in the tree.
+On Linux a process can adopt the orphans among its descendants (as a subreaper), so a child that detached itself is
+still found below it. Elsewhere only processes that are still in the tree are found.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _PATIENCE = 5.0
 
 
 def adopt_orphans() -> None:
-    """From now on, descendants whose parent died become children of this process."""
+    """Make this process the parent of descendants whose own parent dies."""
     _prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 def end_with_parent(parent: int) -> None:
-    """Get SIGTERM when process `parent`, which started this one, is gone; leave at once if it is gone already."""
+    """Get SIGTERM when process `parent`, which started this one, dies; exit at once if it is dead already."""
     _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit(1)
@@ -42,7 +42,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    """The processes below `pid` that still run."""
+    """The processes below `pid` that are still running."""
     try:
         found = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -58,10 +58,10 @@ def _is_running(process: psutil.Process) -> bool:
 
 
 def end_descendants(pid: int) -> None:
-    """Kill all that is below `pid`, until nothing is left; gives up after some seconds."""
+    """Kill everything below `pid` until nothing is left; gives up after a few seconds."""
     deadline = time.monotonic() + _PATIENCE
     while (found := descendants(pid)) and time.monotonic() < deadline:
-        # One that is stopped cannot fork while the others are looked for.
+        # A stopped process cannot fork while the others are being found.
         stopped: set[psutil.Process] = set()
         while (fresh := set(found) - stopped) and time.monotonic() < deadline:
             _signal_all(fresh, signal.SIGSTOP)
@@ -87,7 +87,7 @@ def _signal_all(processes: set[psutil.Process], number: signal.Signals) -> None:
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a child of ours and all below it."""
+    """Kill a child of this process and everything below it."""
     if process.poll() is None:
         process.send_signal(signal.SIGSTOP)
         end_descendants(process.pid)
@@ -96,7 +96,7 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 def end_those_in(folder: Path) -> None:
-    """Kill processes that were started to work in `folder` and have lost their place in the tree."""
+    """Kill processes whose TMPDIR is in `folder` and that have dropped out of the tree."""
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.environ().get("TMPDIR", "").startswith(f"{folder}{os.sep}"):
@@ -106,7 +106,7 @@ def end_those_in(folder: Path) -> None:
 
 
 def have_children_ended() -> tuple[bool, int]:
-    """Collect children that ended: whether none is left, and the largest memory that one of them had, in bytes."""
+    """Reap children that ended; returns whether none is left, and the highest peak memory among them in bytes."""
     memory = 0
     while True:
         try:
@@ -119,22 +119,22 @@ def have_children_ended() -> tuple[bool, int]:
 
 
 def peak_memory(maxrss: int) -> int:
-    """`ru_maxrss` in bytes; Linux counts KiB, macOS bytes."""
+    """`ru_maxrss` in bytes: Linux counts KiB, macOS bytes."""
     return maxrss if sys.platform == "darwin" else maxrss * 1024
 
 
 def wait_until(is_done: Callable[[], bool], deadline: float) -> bool:
-    """Ask every few milliseconds until the deadline (of `time.monotonic`); the last reply."""
+    """Poll `is_done` every few milliseconds until the deadline (of `time.monotonic`); returns its last reply."""
     while not (done := is_done()) and time.monotonic() < deadline:
         time.sleep(0.002)
     return done
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder, even one that was made hard to remove."""
+    """Remove a folder, even one made hard to remove."""
     try:
         shutil.rmtree(folder)
-    # Without permissions, or nested more deeply than rmtree or a path's length can follow.
+    # Permissions are missing, or it is nested more deeply than rmtree or the length of a path can follow.
     except (OSError, RecursionError):
         for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
             subprocess.run([*command, "--", str(folder)], stderr=subprocess.DEVNULL, check=False)

@@ -1,11 +1,20 @@
-"""What judges an answer.
+"""What judges an answer: each module declares its signals where it defines them.
 
-registry  signals by name, and the score of an answer
-text      what parses, matches, is near a number
-command   a checker of the user's own
-models    reward models; judge, a model that compares
+declare       `@text_signal` and `@row_signal`, and what a signal declares
+registry      every module of this folder, imported; `--signals` -> signals
+text          what compiles, matches, is near a number
+json_text     what parses as JSON, what a schema allows
+function      a Python function of yours
+command       a program of yours
+field         scores that the row already holds
+models        what signals that ask a model share
+reward_model  a sequence classifier
+judge         a language model that compares two answers
+
+A new signal is a new module here, and nothing else: help, error messages and the check of docs/signals.md follow. The
+processes that judge import all of these modules, so none may import PyTorch before a model is needed.
 """
 
-from dpo_fast.curate.verdict import Unjudged
+from dpo_fast.curate.verdict import Unjudged, Worst
 
-__all__ = ["Unjudged"]
+__all__ = ["Unjudged", "Worst"]

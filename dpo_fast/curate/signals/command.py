@@ -1,12 +1,12 @@
 """`command:PROGRAM ARG...`: a program of the user's judges one answer, within limits.
 
-It runs in a fresh scratch folder, in a session of its own. Per process the kernel holds it to its limits of memory,
-processor time and the size of a file; what several processes use together (memory, files, their number) is looked at
-every few hundredths of a second. As root, RLIMIT_NPROC would limit nothing, and for other users it would count all that
-they run. What it cannot be kept from: the network, files elsewhere, signals to other processes of the same user.
+It runs in a fresh scratch folder and a new session. The kernel limits each process in memory, processor time and file
+size; what all processes use together (memory, files, their number) is polled every few hundredths of a second.
+RLIMIT_NPROC does not help: it limits nothing for root, and for other users it counts everything that they run. The
+program can still reach the network, files elsewhere and other processes of the same user.
 
-The limit of memory is RLIMIT_DATA, half as large again: RLIMIT_AS would refuse programs that reserve address space
-which they never touch (node, Java).
+The kernel's memory limit is RLIMIT_DATA at 1.5 times the setting: RLIMIT_AS would stop programs that reserve address
+space without touching it (node, Java).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from dpo_fast.curate.sandbox.processes import (
     remove_tree,
     wait_until,
 )
+from dpo_fast.curate.signals.declare import Limits, bad_spec, text_signal
 from dpo_fast.curate.verdict import TextSignal, Unjudged
 from dpo_fast.errors import UserError
 
@@ -44,31 +45,33 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 _FIRST_LOOK, _LOOK_EVERY = 0.02, 0.05
-# How long children may outlive the program, such as the other half of a pipe.
+# How long children may outlive the program, such as the other end of a pipe.
 _STRAGGLERS = 0.25
-# An answer may bring code that the program runs: no keys and tokens of the user's for it.
+# The program may run code from an answer, which must not see the user's keys and tokens.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 
+# It stops the program at `--timeout` itself and then needs a moment to clean up.
+@text_signal("command:PROGRAM ARG...", limits=Limits(timeout_grace=2.0), is_slow=True)
 def command(argument: str, config: SignalConfig) -> TextSignal:
-    """A checker; it may be called only in a process that has no other children, such as `workers.worker` is.
+    """A checker; call it only in a process without other children, such as `workers.worker`.
 
     Raises:
         UserError: commands are not allowed, or there is no such program.
     """
     spec = f"--signals command:{argument}"
     if not config.allow_commands:
-        raise UserError(f"{spec}: runs a program on each answer; allow that by --allow_commands true")
+        raise UserError(f"{spec}: runs a program on each answer; allow it with --allow_commands true")
     try:
         words = shlex.split(argument)
     except ValueError as error:
         raise UserError(f"{spec}: cannot be split into words: {error}") from error
     if not words:
-        raise UserError(f"{spec}: expected command:PROGRAM ARG...")
+        raise bad_spec(f"command:{argument}", "command:PROGRAM ARG...")
     program = shutil.which(words[0])
     if program is None:
-        raise UserError(f"{spec}: no program {words[0]!r} that can be run; one in this folder is ./{words[0]}")
-    # The program runs elsewhere, so names of files in this folder must hold there, too.
+        raise UserError(f"{spec}: no program {words[0]!r} found; write ./{words[0]} for one in this folder")
+    # The program runs in another folder, where names of files in this one must work too.
     arguments = [os.path.abspath(word) if os.path.isfile(word) else word for word in words[1:]]
     return _Checker([os.path.abspath(program), *arguments], config)
 
@@ -79,7 +82,7 @@ class _Checker:
         self.config = config
 
     def __call__(self, answer: str, row: Row) -> float:
-        # A path without links, by which `end_those_in` knows what was started here.
+        # Without symlinks: `end_those_in` finds what was started here by this path.
         folder = Path(tempfile.mkdtemp(prefix="command-")).resolve()
         try:
             (folder / "answer.txt").write_bytes(answer.encode(errors="replace"))
@@ -92,7 +95,7 @@ class _Checker:
 
 
 class _Run:
-    """One answer's run."""
+    """The run on one answer."""
 
     def __init__(self, argv: list[str], config: SignalConfig, folder: Path) -> None:
         self.argv = argv
@@ -103,15 +106,15 @@ class _Run:
         self.inputs = folder_size(folder)
 
     def score(self) -> float:
-        """Run the program to its end and read its score; `_Checker` clears up whatever happens."""
-        before = peak_memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        with Output(self.config.output_limit_kib * 1024) as output:
-            status = self._watch(output)
+        """Run the program to its end and read its score; `_Checker` cleans up whatever happens."""
+        own_memory = psutil.Process().memory_info().rss
+        with self._start() as process, Output(process, self.config.output_limit_kib * 1024) as output:
+            status = self._watch(process.pid, output)
             everyone_ended = wait_until(self._collect, time.monotonic() + _STRAGGLERS)
             output.drain()
         self._check_files()
-        # A new program inherits the largest size of the process that started it.
-        if self.memory > max(self.memory_limit, before):
+        # A program's peak begins with the memory of the process that was forked for it.
+        if self.memory > max(self.memory_limit, own_memory):
             self._over_memory()
         if not everyone_ended:
             raise Unjudged("left processes running when it ended")
@@ -119,11 +122,10 @@ class _Run:
             raise Unjudged(f"ended by signal {-status} ({signal.strsignal(-status)})")
         return _read_score(output.last_line(), status)
 
-    def _watch(self, output: Output) -> int:
-        """Wait for the program within its limits; its exit status, below 0 for a signal."""
+    def _watch(self, pid: int, output: Output) -> int:
+        """Wait for the program within its limits; returns its exit status, negative for a signal."""
         deadline = time.monotonic() + self.config.timeout
         next_look = time.monotonic() + _FIRST_LOOK
-        pid = self._start(output)
         while True:
             output.read(max(0.0, min(next_look, deadline) - time.monotonic()))
             ended, status, usage = os.wait4(pid, os.WNOHANG)
@@ -138,7 +140,7 @@ class _Run:
                 self._check_files()
                 next_look = time.monotonic() + _LOOK_EVERY
 
-    def _start(self, output: Output) -> int:
+    def _start(self) -> subprocess.Popen[bytes]:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         with (self.folder / "answer.txt").open("rb") as answer:
             try:
@@ -147,20 +149,20 @@ class _Run:
                     cwd=self.folder,
                     env=environment | {"HOME": str(self.folder), "TMPDIR": str(self.folder)},
                     stdin=answer,
-                    stdout=output.stdout,
-                    stderr=output.stderr,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
                     start_new_session=True,
                     preexec_fn=self._limit,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise Unjudged(f"cannot be started: {error}") from error
-        output.started()
-        # It is waited for by wait4, which tells what it used; Popen need not mind.
+        # Reaped by wait4, which reports the memory used, so Popen must not wait for it.
         process.returncode = 0
-        return process.pid
+        return process
 
     def _limit(self) -> None:
-        """In the child, before the program: what the kernel itself holds each process to."""
+        """Set the kernel's limits on each process; called in the child, before the program starts."""
         for limit, value in (
             (resource.RLIMIT_DATA, self.memory_limit * 3 // 2),
             (resource.RLIMIT_FSIZE, self.config.file_limit_mib * _MIB),
@@ -181,7 +183,7 @@ class _Run:
         processes = descendants(os.getpid())
         if len(processes) > self.config.process_limit:
             raise Unjudged(f"ran more than {self.config.process_limit} processes at once")
-        # Pages that processes share are counted once in the second measure, which is slow.
+        # The second measure counts shared pages once, but is slow.
         if _memory_of(processes, "rss") > self.memory_limit and _memory_of(processes, "pss") > self.memory_limit:
             self._over_memory()
 
@@ -190,13 +192,13 @@ class _Run:
 
     def _check_files(self) -> None:
         limit = self.config.file_limit_mib * _MIB
-        # A single file ends exactly at the limit.
+        # The kernel stops a single file exactly at the limit.
         if folder_size(self.folder, enough=self.inputs + limit) >= self.inputs + limit:
             raise Unjudged(f"wrote more than {self.config.file_limit_mib} MiB of files")
 
 
 def _memory_of(processes: list[psutil.Process], kind: str) -> int:
-    """Bytes that processes hold together; `pss` where the system tells it, else `rss`."""
+    """Bytes that processes hold together; `pss` if the system reports it, else `rss`."""
     total = 0
     for process in processes:
         try:
@@ -208,9 +210,9 @@ def _memory_of(processes: list[psutil.Process], kind: str) -> int:
 
 
 def folder_size(folder: Path, enough: float = math.inf) -> float:
-    """Bytes of all files below a folder, at least a disk block for each; stops counting at `enough`.
+    """Bytes of all files below a folder, at least one disk block each; stops counting at `enough`.
 
-    A folder so deep that no path reaches into it is infinitely large.
+    A folder nested so deeply that no path reaches into it counts as infinitely large.
     """
     total, folders = 0.0, [str(folder)]
     while folders and total < enough:
@@ -221,7 +223,7 @@ def folder_size(folder: Path, enough: float = math.inf) -> float:
                     total += max(status.st_size, status.st_blocks * 512, 4096)
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-        except FileNotFoundError:  # gone since it was listed
+        except FileNotFoundError:  # removed since it was listed
             continue
         except OSError:
             return math.inf
@@ -229,7 +231,7 @@ def folder_size(folder: Path, enough: float = math.inf) -> float:
 
 
 def _read_score(line: str, status: int) -> float:
-    """The number in the program's last line if there is one, else whether it ended well."""
+    """The number in the program's last line if there is one, else whether it succeeded."""
     try:
         return float(line)
     except ValueError:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from dpo_fast.curate.rows import text_of
+from dpo_fast.curate.messages import text_of
+from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
 from dpo_fast.curate.verdict import Question, Verdict
 from dpo_fast.errors import UserError
-from dpo_fast.model.attention import use_own_attention
-from dpo_fast.model.load import load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JUDGE_QUESTION = """\
 Which of two answers to a request is better: more correct, more helpful and better written?
@@ -33,11 +33,12 @@ Reply with the letter of the better answer, A or B, and nothing else."""
 _LETTERS = ("A", "B")
 
 
+@row_signal("judge:NAME")
 class Judge(ModelSignal):
-    """`judge:NAME`: the share of comparisons that an answer wins, ties as halves.
+    """`judge:NAME`: the share of its comparisons that an answer wins, a tie counting half.
 
-    Every two answers are compared, in both orders, by which letter is likelier to come next. Judges favour a place;
-    where the two orders disagree, it is a tie.
+    Every pair of answers is compared in both orders, by which letter is likelier to come next. Judges favour a
+    position; if the two orders disagree, it is a tie.
     """
 
     kind = "judge"
@@ -50,6 +51,9 @@ class Judge(ModelSignal):
         Raises:
             UserError: it cannot be loaded.
         """
+        from dpo_fast.model.attention import use_own_attention
+        from dpo_fast.model.load import load_model
+
         try:
             model: Any = load_model(self.name, self.dtype)
         except UserError as error:
@@ -59,15 +63,15 @@ class Judge(ModelSignal):
 
     @cached_property
     def letters(self) -> list[list[int]]:
-        """For A and B, the tokens that say it: the letter alone and with a space before it.
+        """The tokens that say A, and those that say B: the letter alone and with a space before it.
 
         Raises:
             UserError: the tokenizer has no token for a letter.
         """
         found = []
         for letter in _LETTERS:
-            ways = (self.tokenizer.encode(text, add_special_tokens=False) for text in (letter, f" {letter}"))
-            tokens = sorted({way[0] for way in ways if len(way) == 1})
+            spellings = (self.tokenizer.encode(text, add_special_tokens=False) for text in (letter, f" {letter}"))
+            tokens = sorted({ids[0] for ids in spellings if len(ids) == 1})
             if not tokens:
                 raise UserError(f"--signals {self.spec}: its tokenizer has no single token for the letter {letter}")
             found.append(tokens)
@@ -91,7 +95,7 @@ class Judge(ModelSignal):
         return [_shares(len(q.answers), plan, preferences) for q, plan in zip(questions, plans, strict=True)]
 
     def _plan(self, question: Question, asked: list[Tokens]) -> list[_Comparison]:
-        """What is to be compared in a row; adds the two orders of each comparison to `asked`."""
+        """The comparisons of a row; adds both orders of each one to `asked`."""
         plan = []
         for first, second in combinations(range(len(question.answers)), 2):
             a, b = question.answers[first], question.answers[second]
@@ -118,9 +122,9 @@ class _Comparison:
     """Two answers of a row.
 
     Attributes:
-        first: index of the one.
+        first: index of one answer.
         second: index of the other.
-        place: of its first order among all that is asked, the second comes next; None where the answers are the same.
+        place: index of its first order among all questions, followed by the second; None for identical answers.
         refused: why it cannot be asked.
     """
 
@@ -131,7 +135,7 @@ class _Comparison:
 
 
 def _shares(num_answers: int, plan: list[_Comparison], preferences: list[float]) -> list[Verdict]:
-    """What each answer won of its comparisons, from how much A was preferred each time."""
+    """The share of its comparisons that each answer won, from how much A was preferred each time."""
     won: list[list[float]] = [[] for _ in range(num_answers)]
     refused: dict[int, Verdict] = {}
     for comparison in plan:

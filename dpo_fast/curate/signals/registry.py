@@ -1,131 +1,62 @@
-"""Signals by name: what `--signals` says, as functions that judge.
-
-A text signal sees one answer and its row; processes of their own call it (`workers/pool.py`), since answers may be
-hostile. A row signal sees many rows at once and runs in this process: it reads a column, or asks a model.
-"""
+"""Signals by name: `--signals` -> functions and models that judge."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
+from pkgutil import iter_modules
 
+import dpo_fast.curate.signals as folder
 from dpo_fast.config import SignalConfig
-from dpo_fast.curate.signals.command import command
-from dpo_fast.curate.signals.text import TEXT_SIGNALS, bad_spec
-from dpo_fast.curate.verdict import Question, TextSignal, Unjudged, Verdict, Worst, settle, verdict_of
+from dpo_fast.curate.signals.declare import SIGNALS, Declaration, RowSignal
+from dpo_fast.curate.verdict import TextSignal
 from dpo_fast.errors import UserError
 
-__all__ = [
-    "Question",
-    "RowSignal",
-    "Signal",
-    "TextSignal",
-    "Unjudged",
-    "Verdict",
-    "Worst",
-    "parse_signals",
-    "settle",
-    "verdict_of",
-]
-
-KNOWN = (
-    "compiles:python, json, json:object, json:array, json_schema:FILE, regex:PATTERN, number:COLUMN, "
-    "number:COLUMN:squared, exact:COLUMN, contains:COLUMN, length:MIN-MAX, field:COLUMN, command:PROGRAM ARG..., "
-    "python:module:function, reward-model:NAME, judge:NAME"
-)
-
-
-class RowSignal(Protocol):
-    """Judges many rows at once."""
-
-    def judge(self, questions: Sequence[Question]) -> list[list[Verdict]]:
-        """One list for each row, with one verdict for each of its answers."""
+for _module in iter_modules(folder.__path__, f"{folder.__name__}."):
+    if _module.name != __name__:
+        import_module(_module.name)
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal by its name.
+    """A signal with its argument and weight.
 
     Attributes:
         spec: as the user wrote it.
         weight: factor in the sum.
-        of_text: judges one answer; None for the other kind.
-        of_rows: judges many rows; None for the other kind.
+        declaration: what is known of its kind.
+        of_text: judges one answer; None for a row signal.
+        of_rows: judges many rows; None for a text signal.
     """
 
     spec: str
     weight: float
+    declaration: Declaration
     of_text: TextSignal | None = None
     of_rows: RowSignal | None = None
 
-
-@dataclass(frozen=True)
-class FieldSignal:
-    """`field:COLUMN`: the row's own list of scores, one an answer."""
-
-    column: str
-
-    def judge(self, questions: Sequence[Question]) -> list[list[Verdict]]:
-        """The column's numbers."""
-        return [self._judge(question) for question in questions]
-
-    def _judge(self, question: Question) -> list[Verdict]:
-        values = question.row.get(self.column)
-        if not isinstance(values, list) or len(values) != len(question.answers):
-            found = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
-            reason = f"{self.column!r}: expected a list of {len(question.answers)} numbers, found {found}"
-            return [Verdict(None, reason)] * len(question.answers)
-        return [verdict_of(self._read, "", {"value": value}) for value in values]
-
-    def _read(self, answer: str, row: dict[str, object]) -> float:
-        value = row["value"]
-        if not isinstance(value, int | float):
-            raise Unjudged(f"{self.column!r}: expected a number, found {type(value).__name__}")
-        return value
+    @property
+    def argument(self) -> str:
+        """What follows its name."""
+        return self.spec.partition(":")[2]
 
 
-def _field(argument: str, config: SignalConfig) -> RowSignal:
-    if not argument:
-        raise bad_spec("field", "field:COLUMN")
-    return FieldSignal(argument)
-
-
-def _reward_model(argument: str, config: SignalConfig) -> RowSignal:
-    if not argument:
-        raise bad_spec("reward-model", "reward-model:NAME, a checkpoint folder or Hub name")
-    from dpo_fast.curate.signals.models import RewardModel
-
-    return RewardModel(argument, config)
-
-
-def _judge(argument: str, config: SignalConfig) -> RowSignal:
-    if not argument:
-        raise bad_spec("judge", "judge:NAME, a checkpoint folder or Hub name")
-    from dpo_fast.curate.signals.judge import Judge
-
-    return Judge(argument, config)
-
-
-_OF_TEXT = {**TEXT_SIGNALS, "command": command}
-_OF_ROWS: dict[str, Callable[[str, SignalConfig], RowSignal]] = {
-    "field": _field,
-    "reward-model": _reward_model,
-    "judge": _judge,
-}
+def known_signals() -> str:
+    """How every signal is written, in alphabetical order: `command:PROGRAM ARG..., compiles:python, ...`."""
+    return ", ".join(usage for name in sorted(SIGNALS) for usage in SIGNALS[name].usages)
 
 
 def parse_signals(config: SignalConfig) -> list[Signal]:
     """The signals that a configuration names, with their weights. No model is loaded yet.
 
     Raises:
-        UserError: none is named, one is unknown or cannot be had, or the weights do not fit.
+        UserError: none is named, one is unknown or cannot be built, or the weights do not fit.
     """
     specs = [config.signals] if isinstance(config.signals, str) else list(config.signals)
     specs = [spec for spec in specs if spec]
     if not specs:
-        raise UserError(f"no signals given: pass --signals with one or a list of {KNOWN}")
+        raise UserError(f"no signals given: pass --signals with one or a list of {known_signals()}")
     if repeated := sorted({spec for spec in specs if specs.count(spec) > 1}):
         raise UserError(f"--signals {repeated[0]}: named twice; to count it more, use --signal_weights")
     weights = [1.0] * len(specs) if config.signal_weights is None else config.signal_weights
@@ -138,8 +69,9 @@ def parse_signals(config: SignalConfig) -> list[Signal]:
 
 def _build(spec: str, weight: float, config: SignalConfig) -> Signal:
     name, _, argument = spec.partition(":")
-    if name in _OF_TEXT:
-        return Signal(spec, weight, of_text=_OF_TEXT[name](argument, config))
-    if name in _OF_ROWS:
-        return Signal(spec, weight, of_rows=_OF_ROWS[name](argument, config))
-    raise UserError(f"--signals {spec}: unknown; choose from {KNOWN}")
+    declaration = SIGNALS.get(name)
+    if declaration is None:
+        raise UserError(f"--signals {spec}: unknown; choose from {known_signals()}")
+    of_text = declaration.build_text and declaration.build_text(argument, config)
+    of_rows = declaration.build_rows and declaration.build_rows(argument, config)
+    return Signal(spec, weight, declaration, of_text, of_rows)

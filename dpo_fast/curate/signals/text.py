@@ -1,34 +1,25 @@
-"""Signals that look at an answer's text alone: they run nothing of it.
-
-Each builder takes what follows the signal's name and returns a `TextSignal`. This module is imported by the processes
-that judge, so it must not import torch.
-"""
+"""Signals that look at an answer's text and run none of it."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
 from collections import deque
-from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import regex
 
 from dpo_fast.config import SignalConfig
+from dpo_fast.curate.signals.declare import bad_spec, text_signal
 from dpo_fast.curate.verdict import TextSignal, Unjudged, Worst
 from dpo_fast.errors import UserError
-from dpo_fast.user_code import load_function
 
 if TYPE_CHECKING:
     from dpo_fast.curate.rows import Row
 
-Builder: TypeAlias = Callable[[str, SignalConfig], TextSignal]
-
-# A sign counts where no word stands before it ("10-3" ends in 3), a number where it is not the tail of a word ("H2O").
+# A sign counts unless a word stands before it ("10-3" ends in 3), a number unless it is the tail of a word ("H2O").
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]])[-+\u2212])?(?<!\w)(?:\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?",
     re.ASCII,
@@ -36,13 +27,9 @@ _NUMBER = re.compile(
 _LENGTH = re.compile(r"(\d*)-(\d*)", re.ASCII)
 
 
-def bad_spec(spec: str, expected: str) -> UserError:
-    """The error for a signal that is written wrongly."""
-    return UserError(f"--signals {spec}: expected {expected}")
-
-
+@text_signal("compiles:python")
 def compiles(argument: str, config: SignalConfig) -> TextSignal:
-    """`compiles:python`: 1 where Python's compiler takes the answer, 0 where not."""
+    """`compiles:python`: 1 if Python's compiler accepts the answer, else 0."""
     if argument != "python":
         raise bad_spec(f"compiles:{argument}", "compiles:python; no other language is known")
     return _compiles_python
@@ -53,7 +40,7 @@ def _compiles_python(answer: str, row: Row) -> float:
         return 0.0
     try:
         with warnings.catch_warnings():
-            # Python's remarks on the answer (`"\d"`, `1 is 1`) are no business of ours, and -W error makes them errors.
+            # The compiler warns about some answers (`"\d"`, `1 is 1`); -W error would turn that into a failure.
             warnings.simplefilter("ignore")
             compile(answer, "<answer>", "exec", dont_inherit=True)
     # ValueError: null bytes or lone surrogates. The others: nested too deeply, or too large, for the compiler.
@@ -62,87 +49,9 @@ def _compiles_python(answer: str, row: Row) -> float:
     return 1.0
 
 
-class _NotJson(ValueError):
-    """Something that Python's parser takes and RFC 8259 does not."""
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _NotJson(name)
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-# `int` refuses more than 4300 digits, since it needs quadratic time for them; to JSON such a number is a number.
-_DECODER_OF_LONG_NUMBERS = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=float)
-_INVALID = object()
-
-
-@lru_cache(maxsize=1)
-def _parse(answer: str) -> Any:
-    """The value of a JSON text, `_INVALID` where it is none; the last one is kept for the signals that follow."""
-    try:
-        if not answer.isascii():
-            answer.encode()  # a lone surrogate is no text
-        try:
-            return _DECODER.decode(answer)
-        except ValueError as error:
-            if isinstance(error, json.JSONDecodeError | _NotJson):
-                return _INVALID
-            return _DECODER_OF_LONG_NUMBERS.decode(answer)
-    except (ValueError, RecursionError):
-        return _INVALID
-
-
-def json_text(argument: str, config: SignalConfig) -> TextSignal:
-    """`json`, `json:object` or `json:array`: 1 where the whole answer is that."""
-    kinds: dict[str, type] = {"": object, "object": dict, "array": list}
-    if argument not in kinds:
-        raise bad_spec(f"json:{argument}", "json, json:object or json:array (for a schema: json_schema:FILE)")
-    return partial(_is_json, kinds[argument])
-
-
-def _is_json(kind: type, answer: str, row: Row) -> float:
-    value = _parse(answer)
-    return float(value is not _INVALID and isinstance(value, kind))
-
-
-def json_schema(argument: str, config: SignalConfig) -> TextSignal:
-    """`json_schema:FILE`: 1 where the whole answer is JSON that a JSON Schema allows."""
-    spec = f"json_schema:{argument}"
-    if not argument:
-        raise bad_spec("json_schema", "json_schema:FILE")
-    from jsonschema import SchemaError, validators
-    from jsonschema_specifications import REGISTRY
-
-    try:
-        schema = json.loads(Path(argument).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--signals {spec}: cannot read the schema: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--signals {spec}: the schema is not JSON: {error}") from error
-    if not isinstance(schema, dict | bool):
-        raise UserError(f"--signals {spec}: a schema is an object or a boolean, found {type(schema).__name__}")
-    validator = validators.validator_for(schema, default=validators.Draft202012Validator)
-    try:
-        validator.check_schema(schema)
-    except SchemaError as error:
-        raise UserError(f"--signals {spec}: not a valid schema: at {error.json_path}: {error.message}") from error
-    # With this registry a reference to another address is an error; without, it would be fetched from the network.
-    return partial(_matches_schema, validator(schema, registry=REGISTRY))
-
-
-def _matches_schema(validator: Any, answer: str, row: Row) -> float:
-    value = _parse(answer)
-    if value is _INVALID:
-        return 0.0
-    try:
-        return float(validator.is_valid(value))
-    # Numbers beyond a float's range have no multiples, and nothing is valid that is nested too deeply to be looked at.
-    except (OverflowError, RecursionError):
-        return 0.0
-
-
+@text_signal("regex:PATTERN")
 def regex_match(argument: str, config: SignalConfig) -> TextSignal:
-    """`regex:PATTERN`: 1 where the pattern is found in the answer."""
+    """`regex:PATTERN`: 1 if the pattern is found in the answer, else 0."""
     if not argument:
         raise bad_spec("regex", "regex:PATTERN")
     try:
@@ -159,6 +68,7 @@ def _search(pattern: Any, timeout: float, answer: str, row: Row) -> float:
         raise Unjudged(f"took longer than {timeout:g} s") from None
 
 
+@text_signal("number:COLUMN", "number:COLUMN:squared")
 def number(argument: str, config: SignalConfig) -> TextSignal:
     """`number:COLUMN` or `number:COLUMN:squared`: minus the error of the last number in the answer."""
     column, colon, kind = argument.partition(":")
@@ -184,7 +94,7 @@ def _number_error(column: str, power: int, answer: str, row: Row) -> float:
 
 @lru_cache(maxsize=1)
 def last_number(text: str) -> float | None:
-    """The last number in a text: `1,234.5`, `-3`, `.5`, `2e-3`; None where there is none."""
+    """The last number in a text (`1,234.5`, `-3`, `.5`, `2e-3`), or None."""
     last = deque(_NUMBER.finditer(text), maxlen=1)
     return float(last[0][0].replace(",", "").replace("\u2212", "-")) if last else None
 
@@ -215,22 +125,25 @@ def _expected_texts(column: str, row: Row) -> list[str]:
     return texts
 
 
+@text_signal("exact:COLUMN")
 def exact(argument: str, config: SignalConfig) -> TextSignal:
-    """`exact:COLUMN`: 1 where the answer is the column's text, or one of a list of texts."""
+    """`exact:COLUMN`: 1 if the answer is the column's text, or one of a list of texts, else 0."""
     if not argument:
         raise bad_spec("exact", "exact:COLUMN")
     return lambda answer, row: float(answer.strip() in _expected_texts(argument, row))
 
 
+@text_signal("contains:COLUMN")
 def contains(argument: str, config: SignalConfig) -> TextSignal:
-    """`contains:COLUMN`: 1 where the column's text, or one of a list of texts, is in the answer."""
+    """`contains:COLUMN`: 1 if the column's text, or one of a list of texts, is in the answer, else 0."""
     if not argument:
         raise bad_spec("contains", "contains:COLUMN")
     return lambda answer, row: float(any(text in answer for text in _expected_texts(argument, row) if text))
 
 
+@text_signal("length:MIN-MAX")
 def length(argument: str, config: SignalConfig) -> TextSignal:
-    """`length:MIN-MAX`: 1 where the answer has so many characters; either end may be left open."""
+    """`length:MIN-MAX`: 1 if the number of characters is within these bounds, else 0; either may be left out."""
     found = _LENGTH.fullmatch(argument)
     if not found or argument == "-":
         raise bad_spec(f"length:{argument}", "length:MIN-MAX, length:MIN- or length:-MAX, in characters")
@@ -238,31 +151,3 @@ def length(argument: str, config: SignalConfig) -> TextSignal:
     if low > high:
         raise bad_spec(f"length:{argument}", "the smaller number first")
     return lambda answer, row: float(low <= len(answer) <= high)
-
-
-def own_function(argument: str, config: SignalConfig) -> TextSignal:
-    """`python:module:function`: the number or boolean that `function(answer, row)` returns."""
-    if not argument.partition(":")[2]:
-        raise bad_spec(f"python:{argument}", "python:module:function")
-    return partial(_call_own, load_function(argument, f"--signals python:{argument}"))
-
-
-def _call_own(function: Callable[[str, Row], Any], answer: str, row: Row) -> float:
-    score = function(answer, row)
-    try:
-        return float(score)
-    except (TypeError, ValueError):
-        raise Unjudged(f"the function returned {type(score).__name__}; expected a number or a boolean") from None
-
-
-TEXT_SIGNALS: dict[str, Builder] = {
-    "compiles": compiles,
-    "json": json_text,
-    "json_schema": json_schema,
-    "regex": regex_match,
-    "number": number,
-    "exact": exact,
-    "contains": contains,
-    "length": length,
-    "python": own_function,
-}

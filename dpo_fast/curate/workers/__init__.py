@@ -1,5 +1,7 @@
 """Processes that judge answers.
 
-pool    starts them, and ends those that do not come back
-worker  judges one answer at a time
+pool       hands out rows, and replaces processes that die or hang
+handle     one such process, seen from outside
+worker     the process itself: judges one answer at a time
+heartbeat  which answer it is at, in shared memory
 """

@@ -1,47 +1,44 @@
-"""A process that judges answers, one at a time; `pool.py` starts it and kills it when it does not come back.
+"""A process that judges answers one at a time; `pool` starts it, and kills it if it does not come back.
 
-It must not import torch, which takes seconds. Before each call of a signal it writes into shared memory what it is at,
-so that whoever has to kill it knows which answer is to blame.
+It must not import torch, which takes seconds. Before each call of a signal it enters the answer in its heartbeat, so
+that whoever has to kill it knows which answer is to blame.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import resource
 import signal
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.sandbox.processes import adopt_orphans, end_with_parent, remove_tree
+from dpo_fast.curate.signals.declare import KILL_GRACE
 from dpo_fast.curate.signals.registry import parse_signals
-from dpo_fast.curate.verdict import Verdict, settle, verdict_of
+from dpo_fast.curate.verdict import Verdict, rank_worst_last, verdict_of
+from dpo_fast.curate.workers.heartbeat import NOWHERE, Heartbeat, Place
 
 if TYPE_CHECKING:
     from dpo_fast.curate.rows import Row
 
-# A signal that limits its own time gets this much more before it is interrupted, and a process before it is killed.
-OWN_LIMIT_GRACE = 2.0
-KILL_GRACE = 5.0
 _MIB = 2**20
-# Of this process, beside what one answer may take.
+# What this process needs for itself, on top of what one answer may take.
 _OWN_MEMORY_MIB = 512
-_SECONDS_BESIDE = 60
+_OWN_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is told first.
+    """The first message to a worker.
 
     Attributes:
-        config: settings, whose signals are all of text.
+        config: settings, whose signals are all text signals.
         parent: the process that started it.
         folder: for temporary files; nobody else uses it.
     """
@@ -49,14 +46,6 @@ class Setup:
     config: SignalConfig
     parent: int
     folder: Path
-
-
-class Place(NamedTuple):
-    """An answer of a row under a signal, all by number; -1 where it is at none of them."""
-
-    row: int
-    answer: int
-    signal: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,7 @@ class Task:
         row: all its columns.
         answers: the texts.
         blamed: (answer, signal) -> why it is not tried again.
-        is_suspect: a worker died with this row and others in hand, and it is not known at which.
+        is_suspect: a worker died holding this row and others, and it is not known which one killed it.
     """
 
     number: int
@@ -78,49 +67,12 @@ class Task:
     is_suspect: bool = False
 
 
-NOWHERE = Place(-1, -1, -1)
-
-
-class Heartbeat:
-    """Where a worker is and since when, in memory that the process which started it sees, too.
-
-    The first word is odd while the others are written, so that nobody reads half of each.
-    """
-
-    SIZE = 5 * 8
-
-    def __init__(self, descriptor: int) -> None:
-        """Map a file of `SIZE` bytes."""
-        self._memory = mmap.mmap(descriptor, self.SIZE)
-        self._words = memoryview(self._memory).cast("q")
-
-    def set(self, place: Place) -> None:
-        """Say what is begun now."""
-        words = self._words
-        words[0] += 1
-        words[1], words[2], words[3] = place
-        words[4] = time.monotonic_ns()
-        words[0] += 1
-
-    def get(self) -> tuple[Place, float]:
-        """The place, and the seconds since it was begun; `NOWHERE` while that is written."""
-        before, *place, since = self._words.tolist()
-        if before % 2 or self._words[0] != before:
-            return NOWHERE, 0.0
-        return Place(*place), (time.monotonic_ns() - since) / 1e9
-
-    def close(self) -> None:
-        """Unmap it."""
-        self._words.release()
-        self._memory.close()
-
-
 class _TimeUp(BaseException):
-    """Raised by the timer; no signal's `except Exception` holds it up."""
+    """Raised by the timer; no signal's `except Exception` catches it."""
 
 
 class _Stop(BaseException):
-    """Raised by SIGTERM: the process that started this one is gone."""
+    """Raised by SIGTERM: the parent is gone."""
 
 
 def _raise(error: type[BaseException]) -> Callable[[int, Any], None]:
@@ -148,7 +100,7 @@ def main(connection_fd: int, heartbeat_fd: int) -> None:
                 connection.send((task.number, worker.judge(task)))
             connection.send(None)
     except (EOFError, OSError, _Stop):
-        # The other side is done with this process, or gone, and then nobody else clears up.
+        # The parent is done with this process, or dead, in which case nobody else cleans up.
         remove_tree(setup.folder)
         with suppress(OSError):
             setup.folder.parent.rmdir()
@@ -160,30 +112,28 @@ class _Worker:
         self.config = config
         self.heartbeat = heartbeat
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-        # A user's own function may load what it likes.
-        if not any(signal.spec.startswith("python:") for signal in self.signals):
+        if all(signal.declaration.limits.memory for signal in self.signals):
             _set_soft_limit(resource.RLIMIT_DATA, (config.memory_limit_mib + _OWN_MEMORY_MIB) * _MIB)
 
     def judge(self, task: Task) -> list[list[Verdict]]:
         """For each signal, a verdict on each answer."""
-        # Should the parent be killed while this process hangs where no handler runs, the kernel ends it.
-        seconds = len(task.answers) * len(self.signals) * (self.config.timeout + KILL_GRACE) + _SECONDS_BESIDE
+        # If the parent is killed while this process hangs where no handler runs, the kernel ends it.
+        seconds = len(task.answers) * len(self.signals) * (self.config.timeout + KILL_GRACE) + _OWN_SECONDS
         used = resource.getrusage(resource.RUSAGE_SELF)
         cpu_time = used.ru_utime + used.ru_stime + seconds * (os.cpu_count() or 1)
         _set_soft_limit(resource.RLIMIT_CPU, math.ceil(cpu_time))
         by_answer = [[self._verdict(task, a, s) for s in range(len(self.signals))] for a in range(len(task.answers))]
         self.heartbeat.set(NOWHERE)
-        return [settle([verdicts[s] for verdicts in by_answer]) for s in range(len(self.signals))]
+        return [rank_worst_last([verdicts[s] for verdicts in by_answer]) for s in range(len(self.signals))]
 
     def _verdict(self, task: Task, answer: int, number: int) -> Verdict:
         if (answer, number) in task.blamed:
             return Verdict(None, task.blamed[answer, number])
         judge = self.signals[number]
         assert judge.of_text is not None
-        grace = OWN_LIMIT_GRACE if judge.spec.startswith("command:") else 0.0
         self.heartbeat.set(Place(task.number, answer, number))
         try:
-            signal.setitimer(signal.ITIMER_REAL, self.config.timeout + grace)
+            signal.setitimer(signal.ITIMER_REAL, self.config.timeout + judge.declaration.limits.timeout_grace)
             try:
                 return verdict_of(judge.of_text, task.answers[answer], task.row)
             finally:

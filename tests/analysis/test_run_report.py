@@ -1,4 +1,4 @@
-"""A run's page: its figures, and nothing that the folder's texts could smuggle in."""
+"""A run's page: its figures, and nothing injected by texts in its folder."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_the_page_holds_the_run(run, capsys):
     assert "loss 0.6931 0.4200" in text
     assert "accuracy: chosen reward above rejected 0.0% 90.0%" in text
     assert "loss 0.6100 0.6100" in text
-    assert "tokens a second 1,234" in text
+    assert "tokens per second 1,234" in text
     assert "beta 0.25" in text
     assert "learning_rate" not in text
     assert "no final model yet; checkpoint-9, checkpoint-10" in text
@@ -56,11 +56,11 @@ def test_the_page_goes_where_it_is_wanted(run, tmp_path):
     assert "9 steps, finished" in (run / "report.html").read_text()
 
 
-def test_mistakes_are_one_line(run, tmp_path, capsys):
+def test_mistakes_give_one_line(run, tmp_path, capsys):
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([], "no such folder"),
-        ([str(tmp_path)], "holds no metrics.jsonl with training steps"),
+        ([str(tmp_path)], "has no metrics.jsonl with training steps"),
         ([str(run), "--out", "page.pdf"], "ends in .html"),
     ):
         assert main(["report", *arguments]) == 2

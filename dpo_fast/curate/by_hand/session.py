@@ -1,20 +1,17 @@
-"""What is compared, in which order and on which side, and what a person said about it.
+"""One person's judgements of a queue of comparisons.
 
-The queue follows from the rows, the settings and the seed alone. Judgements are given along it, so the last one is
-always the furthest, and a place in the queue is the key under which the log keeps a judgement; taking one back sets
-it to null.
+Judgements are made in the order of the queue, so the last one made is always the furthest along. A judgement is logged
+under its place in the queue; undoing it sets that entry to null.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
 from typing import Any, Literal, get_args
 
-from dpo_fast.config import LabelConfig
+from dpo_fast.curate.by_hand.comparisons import Comparison
 from dpo_fast.curate.by_hand.items import Item
 from dpo_fast.curate.rows import Row
 from dpo_fast.curate.worklog import WorkLog
@@ -22,42 +19,23 @@ from dpo_fast.curate.worklog import WorkLog
 Choice = Literal["left", "right", "tie", "skip"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 BY_HAND = "by_hand"
-# A comparison comes back after so many others at least, where there are as many.
-_REPEAT_AFTER = 10
 
 
 class StaleError(Exception):
-    """A judgement of a comparison that is no longer the one to judge."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two answers of a row.
-
-    Attributes:
-        item: number of the row.
-        left: number of the answer on the left.
-        right: number of the one on the right.
-        first: place in the queue where the two were shown before, if they were.
-    """
-
-    item: int
-    left: int
-    right: int
-    first: int | None = None
+    """A judgement of a comparison that is not the current one."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a person is.
+    """How far a person has come.
 
     Attributes:
         done: comparisons judged or skipped.
         total: comparisons to show.
-        skipped: of those done.
+        skipped: how many of those done were skipped.
         repeated: comparisons judged twice.
-        agreed: of these, judged alike.
-        seconds: between showing and judging, all together.
+        agreed: how many of these were judged the same both times.
+        seconds: total time between showing and judging.
     """
 
     done: int
@@ -77,41 +55,8 @@ class Progress:
         return ", ".join(parts)
 
 
-def make_queue(items: Sequence[Item], config: LabelConfig) -> list[Comparison]:
-    """All comparisons in random order on random sides, some of them once more later; answers that are alike have none.
-
-    Args:
-        items: rows.
-        config: `pairs`, `repeat_share` and `seed` are used.
-    """
-    rng = random.Random(config.seed)
-    pairs = [(number, *pair) for number, item in enumerate(items) for pair in _pairs(item.answers, config.pairs)]
-    rng.shuffle(pairs)
-    repeats = min(round(config.repeat_share * len(pairs)), len(pairs))
-    # The order is random, so that those near the end, which could not come back later, are like all others.
-    candidates = range(max(repeats, len(pairs) - _REPEAT_AFTER))
-    again = [(rng.uniform(min(i + _REPEAT_AFTER, len(pairs)), len(pairs)), i) for i in rng.sample(candidates, repeats)]
-    places: dict[int, int] = {}
-    queue: list[Comparison] = []
-    for _, i in sorted([(float(i), i) for i in range(len(pairs))] + again):
-        item, *answers = pairs[i]
-        left, right = rng.sample(answers, 2)
-        queue.append(Comparison(item, left, right, places.get(i)))
-        places.setdefault(i, len(queue) - 1)
-    return queue
-
-
-def _pairs(answers: Sequence[str], which: str) -> list[tuple[int, int]]:
-    numbers = range(len(answers))
-    if which == "all":
-        found = list(combinations(numbers, 2))
-    else:
-        found = list(pairwise(numbers if which == "adjacent" else numbers[:2]))
-    return [(a, b) for a, b in found if answers[a] != answers[b]]
-
-
-class Judging:
-    """The queue, a person's place in it, and their judgements; each is in the log before the next one is shown."""
+class JudgingSession:
+    """The queue, a person's place in it and their judgements; each is on disk before the next comparison is shown."""
 
     def __init__(
         self,
@@ -127,14 +72,14 @@ class Judging:
 
     @property
     def place(self) -> int:
-        """Of the comparison to judge; the queue's length when all is judged."""
+        """Place of the current comparison; the queue's length when all are judged."""
         place = next(reversed(self._judged), -1) + 1
         while place < len(self._queue) and self._is_left_out(self._queue[place]):
             place += 1
         return place
 
     def _is_left_out(self, comparison: Comparison) -> bool:
-        """Whether it was skipped when it was shown first."""
+        """Whether this is the repeat of a comparison that was skipped."""
         return comparison.first is not None and self._choice(comparison.first) == "skip"
 
     def _choice(self, place: int) -> Choice | None:
@@ -147,11 +92,11 @@ class Judging:
 
     @property
     def can_undo(self) -> bool:
-        """Whether there is a judgement to take back."""
+        """Whether there is a judgement to undo."""
         return bool(self._judged)
 
     def show(self) -> tuple[Item, str, str] | None:
-        """The row to judge and the texts of its left and right answer; None when all is judged. The clock starts."""
+        """The current row and the texts of its left and right answer; None when all are judged. Starts the clock."""
         if self.is_finished:
             return None
         if self._shown_at is None:
@@ -164,12 +109,12 @@ class Judging:
         """Keep a judgement; it is on disk when this returns.
 
         Args:
-            place: of the comparison that is meant.
+            place: of the comparison that was judged.
             choice: which answer is better.
 
         Raises:
-            StaleError: another comparison is to be judged now.
-            OSError: it could not be written, and does not count.
+            StaleError: it is not the current comparison.
+            OSError: the judgement could not be written and does not count.
         """
         if self.is_finished or place != self.place:
             raise StaleError
@@ -180,14 +125,14 @@ class Judging:
         self._shown_at = None
 
     def undo(self, place: int) -> None:
-        """Take the last judgement back, so that its comparison is to be judged again.
+        """Undo the last judgement, which makes its comparison the current one.
 
         Args:
-            place: of the comparison that is to be judged now, as whoever asks believes.
+            place: of the comparison that the caller takes for the current one.
 
         Raises:
-            StaleError: another one is, or there is no judgement.
-            OSError: it could not be written, and the judgement still counts.
+            StaleError: it is not, or there is no judgement.
+            OSError: the change could not be written, and the judgement still counts.
         """
         if not self._judged or place != self.place:
             raise StaleError
@@ -197,28 +142,28 @@ class Judging:
         self._shown_at = None
 
     def progress(self) -> Progress:
-        """How far it is, and how well repeated judgements agree."""
+        """How much is done, and how well repeated judgements agree."""
         choices = [judgement["choice"] for judgement in self._judged.values()]
-        alike = [
+        agreements = [
             self._better(place) == self._better(comparison.first)
             for place, comparison in enumerate(self._queue)
             if comparison.first is not None and self._choice(place) not in (None, "skip")
         ]
         total = sum(not self._is_left_out(comparison) for comparison in self._queue)
         seconds = sum(judgement["seconds"] for judgement in self._judged.values())
-        return Progress(len(choices), total, choices.count("skip"), len(alike), sum(alike), seconds)
+        return Progress(len(choices), total, choices.count("skip"), len(agreements), sum(agreements), seconds)
 
     def _better(self, place: int) -> int | None:
-        """Number of the answer that was found better; None for a tie."""
+        """Index of the preferred answer; None for a tie."""
         comparison = self._queue[place]
         return {"left": comparison.left, "right": comparison.right}.get(self._judged[place]["choice"])
 
     def rows(self) -> list[Row]:
-        """The rows with what was said about their answers.
+        """The rows with what was judged.
 
         Returns:
-            Each row with `scores`, the share of its comparisons that an answer won (ties half, null without any), the
-            same as a signal, and `comparisons` as they were judged.
+            Each row with `scores` (for each answer the share of its comparisons that it won, a tie counting half; null
+            if it has none), the same as the signal `by_hand`, and `comparisons` in the order of judging.
         """
         comparisons: list[list[Row]] = [[] for _ in self._items]
         for place, judgement in self._judged.items():

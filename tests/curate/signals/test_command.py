@@ -216,7 +216,7 @@ def test_a_checker_that_stops_who_started_it(checker):
 
 
 def test_commands_are_off_unless_allowed():
-    with pytest.raises(UserError, match="--allow_commands true"):
+    with pytest.raises(UserError, match="allow it with --allow_commands true"):
         parse_signals(SignalConfig(signals="command:true"))
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from by_hand_pages import judging_of, page_of
+from by_hand_pages import page_of, session_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = "/usr/bin/chromium"
@@ -64,25 +64,25 @@ def press(page, key, number, total):
     done(page, number, total)
 
 
-def choices(judging):
-    return [c["choice"] for row in judging.rows() for c in row["comparisons"]]
+def choices(session):
+    return [c["choice"] for row in session.rows() for c in row["comparisons"]]
 
 
 def test_keys_and_buttons_judge_undo_and_end(tmp_path, open_page):
     rows = [{"prompt": f"prompt {n}", "responses": ["a", "b"]} for n in range(9)]
-    with judging_of(rows, tmp_path, repeat_share=0) as judging:
-        with page_of(judging, seconds_to_end=60) as (server, thread):
+    with session_of(rows, tmp_path, repeat_share=0) as session:
+        with page_of(session, seconds_to_end=60) as (server, thread):
             page = open_page(server.address)
             expect(page.locator("#undo")).to_be_disabled()
             keys = ["ArrowLeft", "1", "ArrowRight", "2", "0", "t", "T", "s"]
             for number, key in enumerate(keys, 1):
-                shown = judging.show()
+                shown = session.show()
                 expect(page.locator("#prompt")).to_have_text(shown[0].prompt[0][1])
                 expect(page.locator("#left")).to_have_text(shown[1])
                 expect(page.locator("#right")).to_have_text(shown[2])
                 press(page, key, number, 9)
             expected = ["left", "left", "right", "right", "tie", "tie", "tie", "skip"]
-            assert [judging._judged[place]["choice"] for place in range(8)] == expected
+            assert [session._judged[place]["choice"] for place in range(8)] == expected
             for key in ("x", "Enter", "ArrowUp", "Control+1", "Alt+2", "Meta+0"):
                 page.keyboard.press(key)
             press(page, "u", 7, 9)
@@ -106,12 +106,12 @@ def test_keys_and_buttons_judge_undo_and_end(tmp_path, open_page):
             expect(page.locator("#undo")).to_be_disabled()
             thread.join(timeout=30)
             assert not thread.is_alive()
-        assert judging.is_finished
-        assert judging._judged[8]["choice"] == "right"
+        assert session.is_finished
+        assert session._judged[8]["choice"] == "right"
 
 
 def test_a_held_key_and_a_quick_double_press_judge_once(tmp_path, open_page):
-    with judging_of(ROWS, tmp_path, repeat_share=0) as judging, page_of(judging) as (server, _):
+    with session_of(ROWS, tmp_path, repeat_share=0) as session, page_of(session) as (server, _):
         page = open_page(server.address)
         done(page, 0, 3)
         page.keyboard.down("1")
@@ -119,20 +119,20 @@ def test_a_held_key_and_a_quick_double_press_judge_once(tmp_path, open_page):
         for _ in range(5):
             page.keyboard.down("1")  # repeats, as of a key that is held
         page.keyboard.up("1")
-        assert judging.progress().done == 1
+        assert session.progress().done == 1
         page.evaluate("for (let i = 0; i < 5; i++) document.dispatchEvent(new KeyboardEvent('keydown', {key: '2'}))")
         done(page, 2, 3)
         page.reload()
         done(page, 2, 3)
-        assert [judging._judged[place]["choice"] for place in (0, 1)] == ["left", "right"]
+        assert [session._judged[place]["choice"] for place in (0, 1)] == ["left", "right"]
 
 
 def test_hostile_answers_are_text(tmp_path, open_page):
     rows = [{"prompt": HTML, "responses": [HTML, CONTROLS]}]
-    with judging_of(rows, tmp_path, repeat_share=0) as judging, page_of(judging) as (server, _):
+    with session_of(rows, tmp_path, repeat_share=0) as session, page_of(session) as (server, _):
         page = open_page(server.address)
         done(page, 0, 1)
-        _, left, _ = judging.show()
+        _, left, _ = session.show()
         html, controls = ("#left", "#right") if left == HTML else ("#right", "#left")
         assert page.locator(html).evaluate("box => box.textContent") == HTML
         assert page.locator(html).evaluate("box => box.childElementCount") == 0
@@ -146,7 +146,7 @@ def test_hostile_answers_are_text(tmp_path, open_page):
 
 
 def test_the_policy_would_stop_a_script_that_got_in(tmp_path, open_page):
-    with judging_of(ROWS, tmp_path) as judging, page_of(judging) as (server, _):
+    with session_of(ROWS, tmp_path) as session, page_of(session) as (server, _):
         page = open_page(server.address)
         done(page, 0, 3)
         page.evaluate(
@@ -165,10 +165,10 @@ def test_the_policy_would_stop_a_script_that_got_in(tmp_path, open_page):
 def test_a_long_answer_scrolls_in_its_own_box_and_starts_at_its_top(tmp_path, open_page):
     words = "word " * 20_000
     rows = [{"prompt": "p\n" * 500, "responses": [f"{n}{words}", f"{n}{'x' * 100_000}"]} for n in range(2)]
-    with judging_of(rows, tmp_path, repeat_share=0) as judging, page_of(judging) as (server, _):
+    with session_of(rows, tmp_path, repeat_share=0) as session, page_of(session) as (server, _):
         page = open_page(server.address)
         done(page, 0, 2)
-        _, left, right = judging.show()
+        _, left, right = session.show()
         assert page.locator("#left").evaluate("box => box.textContent") == left
         assert page.locator("#right").evaluate("box => box.textContent") == right
         expect(page.locator("#left-length")).to_have_text(f"{len(left):,} characters")
@@ -186,10 +186,10 @@ def test_a_long_answer_scrolls_in_its_own_box_and_starts_at_its_top(tmp_path, op
 
 def test_right_to_left_text_runs_from_the_right_in_its_own_box(tmp_path, open_page):
     rows = [{"prompt": "מה שלומך?", "responses": ["مرحبا بالعالم", "hello world"]}]
-    with judging_of(rows, tmp_path, repeat_share=0) as judging, page_of(judging) as (server, _):
+    with session_of(rows, tmp_path, repeat_share=0) as session, page_of(session) as (server, _):
         page = open_page(server.address)
         done(page, 0, 1)
-        _, left, _ = judging.show()
+        _, left, _ = session.show()
         directions = page.evaluate(
             "['left', 'right'].map(id => getComputedStyle(document.getElementById(id)).direction)"
         )
@@ -201,7 +201,7 @@ def test_right_to_left_text_runs_from_the_right_in_its_own_box(tmp_path, open_pa
 
 def test_messages_show_their_roles_and_an_empty_answer_says_so(tmp_path, open_page):
     chat = [{"role": role, "content": f"said by {role}"} for role in ("system", "user", "assistant", "user")]
-    with judging_of([{"prompt": chat, "responses": ["", "b"]}], tmp_path) as judging, page_of(judging) as (server, _):
+    with session_of([{"prompt": chat, "responses": ["", "b"]}], tmp_path) as session, page_of(session) as (server, _):
         page = open_page(server.address)
         done(page, 0, 1)
         expect(page.locator("#prompt .role")).to_have_text(["system", "user", "assistant", "user"])
@@ -209,22 +209,22 @@ def test_messages_show_their_roles_and_an_empty_answer_says_so(tmp_path, open_pa
 
 
 def test_a_second_tab_that_is_behind_judges_nothing_and_catches_up(tmp_path, open_page):
-    with judging_of(ROWS, tmp_path, repeat_share=0) as judging, page_of(judging) as (server, _):
+    with session_of(ROWS, tmp_path, repeat_share=0) as session, page_of(session) as (server, _):
         one, two = open_page(server.address), open_page(server.address)
         done(two, 0, 3)
         press(one, "1", 1, 3)
         two.keyboard.press("2")
-        expect(two.locator("#message")).to_contain_text("This page was behind")
+        expect(two.locator("#message")).to_contain_text("This page was out of date")
         done(two, 1, 3)
-        assert choices(judging) == ["left"]
-        expect(two.locator("#prompt")).to_have_text(judging.show()[0].prompt[0][1])
+        assert choices(session) == ["left"]
+        expect(two.locator("#prompt")).to_have_text(session.show()[0].prompt[0][1])
         press(two, "2", 2, 3)
         assert [text for text in open_page.wrong if "409" not in text] == []
         open_page.wrong.clear()
 
 
 def test_agreement_and_time_are_shown(tmp_path, open_page):
-    with judging_of(ROWS[:1], tmp_path, repeat_share=1.0) as judging, page_of(judging) as (server, _):
+    with session_of(ROWS[:1], tmp_path, repeat_share=1.0) as session, page_of(session) as (server, _):
         page = open_page(server.address)
         expect(page.locator("#agreement")).to_have_text("–")
         press(page, "0", 1, 2)
@@ -235,13 +235,13 @@ def test_agreement_and_time_are_shown(tmp_path, open_page):
 
 
 def test_a_program_that_is_gone_is_named(tmp_path, open_page):
-    with judging_of(ROWS, tmp_path) as judging:
-        with page_of(judging) as (server, _):
+    with session_of(ROWS, tmp_path) as session:
+        with page_of(session) as (server, _):
             page = open_page(server.address)
             done(page, 0, 3)
         page.keyboard.press("1")
-        expect(page.locator("#message")).to_contain_text("Start it again by the same command")
-        assert not choices(judging)
+        expect(page.locator("#message")).to_contain_text("Rerun the same command")
+        assert not choices(session)
     assert [text for text in open_page.wrong if "ERR_CONNECTION_REFUSED" not in text] == []
     open_page.wrong.clear()
 
@@ -250,7 +250,7 @@ def test_a_program_that_is_gone_is_named(tmp_path, open_page):
 @pytest.mark.parametrize("height", [400, 700])
 def test_everything_is_reached_in_any_window(tmp_path, open_page, width, height):
     rows = [{"prompt": "word " * 300, "responses": ["long " * 1000, "W" * 3000]}]
-    with judging_of(rows, tmp_path) as judging, page_of(judging) as (server, _):
+    with session_of(rows, tmp_path) as session, page_of(session) as (server, _):
         page = open_page(server.address, width=width, height=height)
         done(page, 0, 1)
         page.screenshot(path=tmp_path / f"{width}x{height}.png")
@@ -286,7 +286,7 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_focus_and_names(tmp_path, open_page, scheme):
-    with judging_of(ROWS, tmp_path) as judging, page_of(judging) as (server, _):
+    with session_of(ROWS, tmp_path) as session, page_of(session) as (server, _):
         page = open_page(server.address, scheme=scheme)
         press(page, "1", 1, 3)
         page.screenshot(path=tmp_path / f"{scheme}.png")
@@ -309,12 +309,12 @@ def test_contrast_focus_and_names(tmp_path, open_page, scheme):
 
 
 def test_the_log_of_a_browsers_judgements_is_whole(tmp_path, open_page):
-    with judging_of(ROWS, tmp_path, repeat_share=0) as judging, page_of(judging) as (server, _):
+    with session_of(ROWS, tmp_path, repeat_share=0) as session, page_of(session) as (server, _):
         page = open_page(server.address)
         done(page, 0, 3)
         for number, key in enumerate("12", 1):
             press(page, key, number, 3)
             # What the page shows as done is on disk already.
             lines = [json.loads(line) for line in (tmp_path / "out.jsonl.partial").read_text().splitlines()]
-            assert len(lines) == 1 + number
+            assert sum("key" in line for line in lines) == number
             assert lines[-1]["result"]["choice"] == {"1": "left", "2": "right"}[key]
