@@ -30,6 +30,7 @@ from trl.trainer.utils import use_adapter
 from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures, num_unshared_tokens
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
 from dpo_fast.kernels.autotune import cache_dir
+from dpo_fast.kernels.head import DEFAULT_MEMORY_BUDGET
 from dpo_fast.losses.objective import any_loss
 from dpo_fast.model.attention import use_own_attention, use_packed_attention
 from dpo_fast.model.check import attention_windows, check_packed_forward
@@ -44,7 +45,6 @@ from dpo_fast.reference.store import ReferenceStore
 from dpo_fast.training.step import pair_losses
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-HEAD_MEMORY_BUDGET = 2 * 2**30
 
 
 def group_of(example: dict[str, Any], row: int, max_length: int | None) -> Group:
@@ -133,7 +133,7 @@ class DPOTrainer(TRLTrainer):
     def _make_policy(self, model: Any) -> Policy:
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         bf16 = bool(self.args.bf16) and base.dtype is not torch.bfloat16
-        policy = Policy(base, device=self.accelerator.device, bf16=bf16, memory_budget=HEAD_MEMORY_BUDGET)
+        policy = Policy(base, device=self.accelerator.device, bf16=bf16, memory_budget=DEFAULT_MEMORY_BUDGET)
         policy.router_loss_coef = 0.0
         return policy
 

@@ -39,7 +39,7 @@ def _needs_smoothing(config: LossConfig) -> str | None:
 
 @loss(Facts(takes_divergence=True))
 def sigmoid(pairs: PairLogps, config: LossConfig) -> Tensor:
-    """-log sigmoid(beta Δ). DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. No label smoothing: see `cdpo`."""
+    """-log sigmoid(beta Δ). DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. With label smoothing: `cdpo`."""
     return -F.logsigmoid(config.beta * margin(pairs, config))
 
 
@@ -48,7 +48,7 @@ def _smoothed(logits: Tensor, config: LossConfig) -> Tensor:
     return -(1 - config.label_smoothing) * F.logsigmoid(logits) - config.label_smoothing * F.logsigmoid(-logits)
 
 
-@loss(Facts(takes_divergence=True))
+@loss(Facts(takes_divergence=True, options=("label_smoothing",)))
 def cdpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-(1 - ε) log sigmoid(beta Δ) - ε log sigmoid(-beta Δ), ε = `label_smoothing`.
 
@@ -57,7 +57,7 @@ def cdpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * margin(pairs, config), config)
 
 
-@loss(Facts(takes_divergence=True, fault=_needs_smoothing_below_half))
+@loss(Facts(takes_divergence=True, fault=_needs_smoothing_below_half, options=("label_smoothing",)))
 def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
     """[-(1 - ε) log sigmoid(beta Δ) + ε log sigmoid(-beta Δ)] / (1 - 2ε), ε = `label_smoothing` below 1/2.
 
@@ -96,7 +96,7 @@ def sigmoid_norm(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(config.beta * mean_margin(pairs, config))
 
 
-@loss(Facts(takes_divergence=True, fault=_needs_smoothing))
+@loss(Facts(takes_divergence=True, fault=_needs_smoothing, options=("label_smoothing",)))
 def exo_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     """KL(q || p), q = (sigmoid(beta Δ), sigmoid(-beta Δ)), p = (1 - ε, ε), ε = `label_smoothing` above 0.
 
@@ -163,7 +163,7 @@ def apo_down(pairs: PairLogps, config: LossConfig) -> Tensor:
     return torch.sigmoid(config.beta * pairs.chosen_logratio) + torch.sigmoid(-config.beta * pairs.margin)
 
 
-@loss(Facts(takes_divergence=True))
+@loss(Facts(takes_divergence=True, options=("discopop_tau",)))
 def discopop(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(1 - m) log(1 + e^-x) + m e^-x, x = beta Δ, m = sigmoid(x / `discopop_tau`).
 
@@ -174,7 +174,7 @@ def discopop(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
 
 
-@loss(Facts(takes_divergence=True, slope=lambda config: config.dpop_lambda))
+@loss(Facts(takes_divergence=True, slope=lambda config: config.dpop_lambda, options=("dpop_lambda",)))
 def dpop(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta (Δ - λ max(0, -r_w))), λ = `dpop_lambda`: DPO that keeps the chosen from falling.
 
@@ -184,7 +184,7 @@ def dpop(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(config.beta * (margin(pairs, config) - penalty))
 
 
-@loss(Facts(needs_scores=True, takes_divergence=True))
+@loss(Facts(needs_scores=True, takes_divergence=True, options=("score_scale",)))
 def odpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ - η g), g the row's score gap, η = `score_scale`: better answers must win by more.
 
@@ -193,7 +193,7 @@ def odpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -F.logsigmoid(config.beta * margin(pairs, config) - config.score_scale * _score_gap(pairs))
 
 
-@loss(Facts(needs_scores=True, takes_divergence=True))
+@loss(Facts(needs_scores=True, takes_divergence=True, options=("score_scale",)))
 def rpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """KL(Bernoulli(sigmoid(η g)) || Bernoulli(sigmoid(beta Δ))), g the row's score gap, η = `score_scale`.
 
@@ -213,7 +213,7 @@ def _score_gap(pairs: PairLogps) -> Tensor:
     return pairs.score_gap
 
 
-@loss(Facts(compares_pairs=True, sorts_pairs=True))
+@loss(Facts(compares_pairs=True, sorts_pairs=True, options=("label_smoothing",)))
 def aot(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on δ_k = sort(log pi(w) - log pi(l))_k - sort(log ref(w) - log ref(l))_k.
 
@@ -224,7 +224,7 @@ def aot(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * (policy.sort().values - reference.sort().values), config)
 
 
-@loss(Facts(compares_pairs=True, sorts_pairs=True))
+@loss(Facts(compares_pairs=True, sorts_pairs=True, options=("label_smoothing",)))
 def aot_unpaired(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on δ_k = sort(r_w)_k - sort(r_l)_k: chosen ratios dominate rejected ones as a distribution.
 
@@ -234,7 +234,7 @@ def aot_unpaired(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * delta, config)
 
 
-@loss(Facts(compares_pairs=True))
+@loss(Facts(compares_pairs=True, options=("desirable_weight", "undesirable_weight")))
 def kto(pairs: PairLogps, config: LossConfig) -> Tensor:
     """λ_D (1 - sigmoid(beta (r_w - z_l))) + λ_U (1 - sigmoid(beta (z_w - r_l))), z = max(0, mean of r over the batch).
 
@@ -263,7 +263,9 @@ def sft(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -pairs.chosen_mean
 
 
-@loss(Facts(needs_reference=False, compares_pairs=True, reads_chosen_alone=True, takes_divergence=True))
+@loss(
+    Facts(needs_reference=False, compares_pairs=True, pools_tokens=True, reads_chosen_alone=True, takes_divergence=True)
+)
 def sft_tokens(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-Σ log pi(w|x) / Σ |w| over the batch, the same for each of its pairs: TRL's convention of `sft`.
 
@@ -272,7 +274,7 @@ def sft_tokens(pairs: PairLogps, config: LossConfig) -> Tensor:
     return (-pairs.chosen.sum() / pairs.chosen_len.sum().clamp(min=1)).expand_as(pairs.chosen)
 
 
-@loss(Facts(needs_reference=False))
+@loss(Facts(needs_reference=False, options=("label_smoothing",)))
 def cpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on log pi(w) - log pi(l).
 
@@ -290,7 +292,7 @@ def slic(pairs: PairLogps, config: LossConfig) -> Tensor:
     return F.relu(1 - config.beta * (pairs.chosen - pairs.rejected))
 
 
-@loss(Facts(needs_reference=False, is_length_normalised=True))
+@loss(Facts(needs_reference=False, is_length_normalised=True, options=("label_smoothing", "simpo_gamma")))
 def simpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on beta (log pi(w)/|w| - log pi(l)/|l|) - γ, before beta; γ = `simpo_gamma`.
 
@@ -299,7 +301,9 @@ def simpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * (pairs.chosen_mean - pairs.rejected_mean) - config.simpo_gamma, config)
 
 
-@loss(Facts(needs_reference=False, is_length_normalised=True))
+@loss(
+    Facts(needs_reference=False, is_length_normalised=True, options=("label_smoothing", "simpo_gamma", "alphapo_alpha"))
+)
 def alphapo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `simpo` with the reward (1 - p^-α) / α in place of log p, p = pi(y)^(1/|y|), α = `alphapo_alpha`.
 
@@ -343,7 +347,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(near_zero, near, torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x))))
 
 
-@loss(Facts(needs_reference=False, needs_gold=True))
+@loss(Facts(needs_reference=False, needs_gold=True, options=("tpo_alpha",)))
 def tpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta (log pi(w) - log pi(l))) - α log pi(g)/|g|, g the gold answer, α = `tpo_alpha`.
 

@@ -2,12 +2,13 @@
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from loss_formulas import formula
 from trl_oracle import TRL_LOSSES, trl_token_loss
 
 from dpo_fast.config import LossConfig
@@ -15,6 +16,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, facts
 from dpo_fast.losses.facts import names_with
 from dpo_fast.losses.objective import (
+    check_loss,
     loss_at_reference,
     needs_reference,
     preference_loss,
@@ -85,91 +87,6 @@ def columns(pairs):
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_len", "rejected_len")
     names += ("score_gap", "gold", "gold_len")
     return list(zip(*(getattr(pairs, name).tolist() for name in names), strict=True))
-
-
-def logsig(x):
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
-
-
-def sig(x):
-    return math.exp(logsig(x))
-
-
-def score(log_t, config):
-    """f'(t) of each divergence, 0 at t = 1, from f-DPO's table 1."""
-    t, alpha = math.exp(log_t), config.f_alpha_divergence_coef
-    return {
-        "reverse_kl": math.log(t),
-        "forward_kl": 1 - 1 / t,
-        "js_divergence": math.log(2 * t / (1 + t)),
-        "alpha_divergence": (t ** (alpha - 1) - 1) / (alpha - 1),
-    }[config.f_divergence_type]
-
-
-def formula(name, k, rows, c):
-    """The k-th pair of a batch in Python floats, from the papers."""
-    w, l, rw, rl, nw, nl, gap, gold, ng = rows[k]  # noqa: E741
-    a, b = w - rw, l - rl
-    fa, fb = score(a, c), score(b, c)
-    x, eps, beta = c.beta * (fa - fb), c.label_smoothing, c.beta
-    mean = fa / nw - fb / nl
-    goal = c.score_scale * gap
-    won = [row[0] - row[2] for row in rows]
-    lost = [row[1] - row[3] for row in rows]
-
-    def smooth(z):
-        return -(1 - eps) * logsig(z) - eps * logsig(-z)
-
-    def ranked(values):
-        return sorted(values)[k]
-
-    def log_odds(mean_logp):
-        return math.log(math.exp(mean_logp) / (1 - math.exp(mean_logp)))
-
-    def alpha_reward(mean_logp):
-        return (1 - math.exp(mean_logp) ** -c.alphapo_alpha) / c.alphapo_alpha
-
-    def aot():
-        policy, reference = [row[0] - row[1] for row in rows], [row[2] - row[3] for row in rows]
-        return smooth(beta * (ranked(policy) - ranked(reference)))
-
-    def kto():
-        kl_w, kl_l = (max(0, sum(side) / len(side)) for side in (won, lost))
-        chosen, rejected = 1 - sig(beta * (a - kl_l)), 1 - sig(beta * (kl_w - b))
-        return c.desirable_weight * chosen + c.undesirable_weight * rejected
-
-    return {
-        "sigmoid": lambda: -logsig(x),
-        "cdpo": lambda: smooth(x),
-        "robust": lambda: (-(1 - eps) * logsig(x) + eps * logsig(-x)) / (1 - 2 * eps),
-        "hinge": lambda: max(0.0, 1 - x),
-        "ipo": lambda: (mean - 1 / (2 * beta)) ** 2,
-        "ipo_sum": lambda: (fa - fb - 1 / (2 * beta)) ** 2,
-        "sigmoid_norm": lambda: -logsig(beta * mean),
-        "exo_pair": lambda: sig(x) * math.log(sig(x) / (1 - eps)) + sig(-x) * math.log(sig(-x) / eps),
-        "nca_pair": lambda: -logsig(beta * a) - 0.5 * (logsig(-beta * a) + logsig(-beta * b)),
-        "bco_pair": lambda: -logsig(beta * a) - logsig(-beta * b),
-        "bco": lambda: -logsig(beta * a - 0.3) - logsig(0.3 - beta * b),
-        "sppo_hard": lambda: (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2,
-        "apo_zero": lambda: 1 - sig(beta * a) + sig(beta * b),
-        "apo_down": lambda: sig(beta * a) + 1 - sig(beta * (a - b)),
-        "discopop": lambda: (1 - sig(x / c.discopop_tau)) * -logsig(x) + sig(x / c.discopop_tau) * math.exp(-x),
-        "dpop": lambda: -logsig(beta * (fa - fb - c.dpop_lambda * max(0.0, rw - w))),
-        "odpo": lambda: -logsig(x - goal),
-        "rpo": lambda: sig(goal) * math.log(sig(goal) / sig(x)) + sig(-goal) * math.log(sig(-goal) / sig(-x)),
-        "aot": aot,
-        "aot_unpaired": lambda: smooth(beta * (ranked(won) - ranked(lost))),
-        "kto": kto,
-        "sft": lambda: -w / nw,
-        "sft_tokens": lambda: -sum(row[0] for row in rows) / sum(row[4] for row in rows),
-        "cpo": lambda: smooth(beta * (w - l)),
-        "slic": lambda: max(0.0, 1 - beta * (w - l)),
-        "simpo": lambda: smooth(beta * (w / nw - l / nl) - c.simpo_gamma),
-        "alphapo": lambda: smooth(beta * (alpha_reward(w / nw) - alpha_reward(l / nl)) - c.simpo_gamma),
-        "odds_ratio": lambda: -beta * logsig(log_odds(w / nw) - log_odds(l / nl)),
-        "orpo": lambda: -w / nw - beta * logsig(log_odds(w / nw) - log_odds(l / nl)),
-        "tpo": lambda: -logsig(beta * (w - l)) - c.tpo_alpha * gold / ng,
-    }[name]()
 
 
 @pytest.mark.parametrize(("name", "divergence"), WITH_DIVERGENCES)
@@ -392,6 +309,65 @@ def test_orpo_at_both_ends_of_probability():
     torch.testing.assert_close(
         preference_loss(pairs, LossConfig(loss_type="orpo")).double(), want, rtol=1e-5, atol=1e-6
     )
+
+
+class Watched(LossConfig):
+    """A configuration that notes which options are read."""
+
+    def __getattribute__(self, name):
+        if name in facts.LOSS_OPTIONS:
+            object.__getattribute__(self, "__dict__").setdefault("noted", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_loss_reads_the_options_that_it_declares(name, pairs):
+    config = Watched(loss_type=name, label_smoothing=0.1)
+    config.noted = set()
+    LOSSES[name](pairs, config)
+    assert config.noted == set(facts.facts_of(name).options)
+
+
+def test_every_option_of_some_losses_is_known():
+    shared = {"loss_type", "loss_weights", "beta", "f_divergence_type", "ld_alpha", "use_weighting"}
+    assert {x.name for x in fields(LossConfig)} - shared - {"f_alpha_divergence_coef"} == set(facts.LOSS_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing 0.1: not read by --loss_type sigmoid; DPO with label .* cdpo"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing 0.1: not read by --loss_type hinge; .* cdpo"),
+        ({"loss_type": "cdpo", "label_smoothing": 2.0}, r"label_smoothing 2.0: expected a probability"),
+        ({"loss_type": "cdpo", "label_smoothing": -1.0}, r"label_smoothing -1.0: expected a probability"),
+        ({"loss_type": "cpo", "label_smoothing": math.nan}, r"label_smoothing nan: expected a probability"),
+        (
+            {"loss_type": ["sigmoid", "sft"], "simpo_gamma": 1.0},
+            "simpo_gamma 1.0: not read by .*, sft; .* alphapo, simpo",
+        ),
+        ({"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef 0.3: .* belongs to --f_divergence_type alpha"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau 0.0: expected a number above 0"),
+    ],
+)
+def test_an_option_out_of_range_or_never_read_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_loss(LossConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ["sigmoid", "cdpo"], "label_smoothing": 0.1},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        *(
+            {"loss_type": name, "label_smoothing": 0.1}
+            for name in sorted(LOSSES)
+            if "label_smoothing" in facts.facts_of(name).options
+        ),
+    ],
+)
+def test_an_option_that_is_read_is_taken(settings):
+    check_loss(LossConfig(**settings))
 
 
 @pytest.fixture
