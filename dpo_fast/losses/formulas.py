@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_fast.config import LossConfig
 from dpo_fast.errors import UserError
 from dpo_fast.losses.facts import Facts, loss
-from dpo_fast.losses.pairs import PairLogps, margin, mean_margin
+from dpo_fast.losses.pairs import PairLogps, divergence_margin, expm1, mean_divergence_margin
 
 
 def _slope_of_square(config: LossConfig) -> float:
@@ -40,7 +40,7 @@ def _needs_smoothing(config: LossConfig) -> str | None:
 @loss(Facts(takes_divergence=True))
 def sigmoid(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ). DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. With label smoothing: `cdpo`."""
-    return -F.logsigmoid(config.beta * margin(pairs, config))
+    return -F.logsigmoid(config.beta * divergence_margin(pairs, config))
 
 
 def _smoothed(logits: Tensor, config: LossConfig) -> Tensor:
@@ -54,7 +54,7 @@ def cdpo(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     Conservative DPO, Mitchell 2023 ("A note on DPO with noisy preferences", eq. 3).
     """
-    return _smoothed(config.beta * margin(pairs, config), config)
+    return _smoothed(config.beta * divergence_margin(pairs, config), config)
 
 
 @loss(Facts(takes_divergence=True, fault=_needs_smoothing_below_half, options=("label_smoothing",)))
@@ -63,7 +63,7 @@ def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     rDPO, unbiased where a share ε of the labels is flipped. Chowdhury et al. 2024 (arXiv 2403.00409), eq. 8.
     """
-    logits, smoothing = config.beta * margin(pairs, config), config.label_smoothing
+    logits, smoothing = config.beta * divergence_margin(pairs, config), config.label_smoothing
     noisy = -(1 - smoothing) * F.logsigmoid(logits) + smoothing * F.logsigmoid(-logits)
     return noisy / (1 - 2 * smoothing)
 
@@ -71,7 +71,7 @@ def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
 @loss(Facts(takes_divergence=True))
 def hinge(pairs: PairLogps, config: LossConfig) -> Tensor:
     """max(0, 1 - beta Δ). RSO, Liu et al. 2023 (arXiv 2309.06657), section 3.3."""
-    return F.relu(1 - config.beta * margin(pairs, config))
+    return F.relu(1 - config.beta * divergence_margin(pairs, config))
 
 
 @loss(Facts(takes_divergence=True, is_length_normalised=True, slope=_slope_of_square))
@@ -81,19 +81,19 @@ def ipo(pairs: PairLogps, config: LossConfig) -> Tensor:
     IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17; beta is the paper's τ. Lengths: the mean over tokens is TRL's
     convention; `ipo_sum` is the paper's.
     """
-    return (mean_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
+    return (mean_divergence_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
 
 
 @loss(Facts(takes_divergence=True, slope=_slope_of_square))
 def ipo_sum(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(Δ - 1/(2 beta))². IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17 to the letter: sums over tokens."""
-    return (margin(pairs, config) - 1 / (2 * config.beta)) ** 2
+    return (divergence_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
 
 
 @loss(Facts(takes_divergence=True, is_length_normalised=True))
 def sigmoid_norm(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ̄), Δ̄ as in `ipo`: length-normalised DPO, Tulu 3 (arXiv 2411.15124), section 5. Lengths."""
-    return -F.logsigmoid(config.beta * mean_margin(pairs, config))
+    return -F.logsigmoid(config.beta * mean_divergence_margin(pairs, config))
 
 
 @loss(Facts(takes_divergence=True, fault=_needs_smoothing, options=("label_smoothing",)))
@@ -102,7 +102,7 @@ def exo_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     EXO, Ji et al. 2024 (arXiv 2402.00856), eq. 16.
     """
-    logits, smoothing = config.beta * margin(pairs, config), config.label_smoothing
+    logits, smoothing = config.beta * divergence_margin(pairs, config), config.label_smoothing
     chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-smoothing))
     return chosen + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
 
@@ -169,9 +169,10 @@ def discopop(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     DiscoPOP's log-ratio modulated loss, Lu et al. 2024 (arXiv 2406.08414), eq. 5.
     """
-    logits = config.beta * margin(pairs, config)
-    modulation = torch.sigmoid(logits / config.discopop_tau)
-    return -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
+    logits = config.beta * divergence_margin(pairs, config)
+    modulated = logits / config.discopop_tau
+    # m e^-x as one exponential: far from the reference its factors are 0 and infinity.
+    return -F.logsigmoid(logits) * torch.sigmoid(-modulated) + torch.exp(F.logsigmoid(modulated) - logits)
 
 
 @loss(Facts(takes_divergence=True, slope=lambda config: config.dpop_lambda, options=("dpop_lambda",)))
@@ -181,7 +182,7 @@ def dpop(pairs: PairLogps, config: LossConfig) -> Tensor:
     DPO-Positive, Pal et al. 2024 (arXiv 2402.13228), eq. 3.
     """
     penalty = config.dpop_lambda * F.relu(-pairs.chosen_logratio)
-    return -F.logsigmoid(config.beta * (margin(pairs, config) - penalty))
+    return -F.logsigmoid(config.beta * (divergence_margin(pairs, config) - penalty))
 
 
 @loss(Facts(needs_scores=True, takes_divergence=True, options=("score_scale",)))
@@ -190,7 +191,7 @@ def odpo(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     DPO with an offset, Amini et al. 2024 (arXiv 2402.10571), eq. 8. Scores.
     """
-    return -F.logsigmoid(config.beta * margin(pairs, config) - config.score_scale * _score_gap(pairs))
+    return -F.logsigmoid(config.beta * divergence_margin(pairs, config) - config.score_scale * _score_gap(pairs))
 
 
 @loss(Facts(needs_scores=True, takes_divergence=True, options=("score_scale",)))
@@ -199,7 +200,7 @@ def rpo(pairs: PairLogps, config: LossConfig) -> Tensor:
 
     Reward-aware preference optimization, Nemotron-4 340B (arXiv 2406.11704), section 3.3.2. Scores.
     """
-    got, true = config.beta * margin(pairs, config), config.score_scale * _score_gap(pairs)
+    got, true = config.beta * divergence_margin(pairs, config), config.score_scale * _score_gap(pairs)
     won = torch.sigmoid(true) * (F.logsigmoid(true) - F.logsigmoid(got))
     return won + torch.sigmoid(-true) * (F.logsigmoid(-true) - F.logsigmoid(-got))
 
@@ -312,7 +313,7 @@ def alphapo(pairs: PairLogps, config: LossConfig) -> Tensor:
     alpha = config.alphapo_alpha
     if alpha == 0:
         return simpo(pairs, config)
-    chosen, rejected = (-torch.expm1(-alpha * x) / alpha for x in (pairs.chosen_mean, pairs.rejected_mean))
+    chosen, rejected = (-expm1(-alpha * x) / alpha for x in (pairs.chosen_mean, pairs.rejected_mean))
     return _smoothed(config.beta * (chosen - rejected) - config.simpo_gamma, config)
 
 

@@ -48,6 +48,8 @@ WITH_DIVERGENCES = [
     for divergence in DIVERGENCES
     if divergence == "reverse_kl" or name in names_with("takes_divergence")
 ]
+SMOOTHED = {name for name in LOSSES if "label_smoothing" in facts.facts_of(name).options}
+FAR = [(1e3, 1e3), (1e3, -1e3), (-1e3, 1e3), (-1e3, -1e3), (5.0, -100.0), (-1e4, 0.0)]
 
 
 @pytest.fixture
@@ -286,17 +288,70 @@ def test_gradient_of_sigmoid_is_the_papers_weight(pairs):
     torch.testing.assert_close(chosen.grad, -0.1 * torch.sigmoid(-0.1 * pairs.margin))
 
 
-@pytest.mark.parametrize(("name", "divergence"), [case for case in WITH_DIVERGENCES if case[1] != "forward_kl"])
-def test_gradients_stay_finite_far_from_the_reference(name, divergence):
-    far = torch.tensor([-500.0, 300.0, -1e4], requires_grad=True)
-    zero = torch.zeros(3)
-    ones = zero.long() + 1
-    pairs = PairLogps(far, zero, zero, zero, ones, ones, score_gap=zero + 5, gold=zero, gold_len=ones)
-    config = LossConfig(loss_type=name, label_smoothing=0.1, f_divergence_type=divergence)
-    if name in ("discopop", "alphapo"):
-        return  # e^-x is their own nature: it overflows beyond 88 nats
-    preference_loss(pairs, config).sum().backward()
-    assert far.grad.isfinite().all()
+# Squares of scores that grow as e^(-r): beyond fp32 in truth.
+TRULY_INFINITE = {(name, f) for name in ("ipo", "ipo_sum") for f in ("forward_kl", "alpha_divergence")}
+
+
+@pytest.mark.parametrize(("name", "divergence"), WITH_DIVERGENCES)
+@pytest.mark.parametrize(
+    "ratios", [(1e3, 1e3), (1e3, -1e3), (-1e3, 1e3), (-1e3, -1e3), (5.0, -100.0), (-1e4, 0.0)], ids=str
+)
+def test_losses_and_gradients_are_finite_far_from_the_reference(name, divergence, ratios):
+    """Log-ratios in nats of answers of one token, whose log-probs are below 0; fp32, forward and backward."""
+    logps = [torch.tensor([min(r, 0.0) - 1], requires_grad=True) for r in ratios]
+    references = [torch.tensor([-1 - max(r, 0.0)]) for r in ratios]
+    one = torch.ones(1, dtype=torch.int64)
+    pairs = PairLogps(*logps, *references, one, one, score_gap=one * 5.0, gold=-one * 1.0, gold_len=one)
+    smoothing = {"label_smoothing": 0.1} if name in SMOOTHED else {}
+    loss = preference_loss(pairs, LossConfig(loss_type=name, f_divergence_type=divergence, **smoothing))
+    loss.sum().backward()
+    gradients = [x.grad for x in logps if x.grad is not None]
+    assert not any(x.isnan() for x in (loss, *gradients))
+    if (name, divergence) not in TRULY_INFINITE:
+        assert all(x.isfinite() for x in (loss, *gradients))
+
+
+def test_a_far_rejected_answer_has_no_gradient_under_forward_kl():
+    """-log sigmoid(0.1 (e^100 - e^-5)): 0, and flat in both log-ratios."""
+    chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (5.0, -100.0))
+    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1)
+    loss = preference_loss(
+        PairLogps(chosen, rejected, zero, zero, one, one), LossConfig(f_divergence_type="forward_kl")
+    )
+    loss.sum().backward()
+    assert (loss.item(), chosen.grad.item(), rejected.grad.item()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
+def test_a_far_chosen_answer_is_pulled_back(divergence):
+    """The score falls as e^(-r): its gradient must not vanish where fp32 ends."""
+    chosen = torch.tensor([-1e3], requires_grad=True)
+    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1)
+    preference_loss(
+        PairLogps(chosen, zero, zero, zero, one, one), LossConfig(f_divergence_type=divergence)
+    ).sum().backward()
+    assert chosen.grad.item() < -1e20
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.3, 1.0])
+def test_discopop_far_from_the_reference_is_the_papers_formula(tau):
+    """Value and derivative in 60 digits, by mpmath."""
+    mp = pytest.importorskip("mpmath").mp
+    ratios = [-1e3, -300.0, -88.0, -3.0, 0.0, 2.0, 88.0, 1e3]
+    chosen = torch.tensor(ratios, requires_grad=True)
+    zero, one = torch.zeros(len(ratios)), torch.ones(len(ratios), dtype=torch.int64)
+    config = LossConfig(loss_type="discopop", beta=1.0, discopop_tau=tau)
+    loss = preference_loss(PairLogps(chosen, zero, zero, zero, one, one), config)
+    loss.sum().backward()
+
+    def exact(x):
+        m = 1 / (1 + mp.exp(-x / mp.mpf(tau)))
+        return (1 - m) * mp.log(1 + mp.exp(-x)) + m * mp.exp(-x)
+
+    with mp.workdps(60):
+        assert loss.tolist() == pytest.approx([float(exact(mp.mpf(x))) for x in ratios], rel=1e-5, abs=1e-30)
+        slopes = [float(mp.diff(exact, mp.mpf(x), h=mp.mpf(10) ** -20)) for x in ratios]
+        assert chosen.grad.tolist() == pytest.approx(slopes, rel=1e-4, abs=1e-30)
 
 
 def test_orpo_at_both_ends_of_probability():
@@ -359,11 +414,7 @@ def test_an_option_out_of_range_or_never_read_is_refused(settings, message):
     [
         {"loss_type": ["sigmoid", "cdpo"], "label_smoothing": 0.1},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
-        *(
-            {"loss_type": name, "label_smoothing": 0.1}
-            for name in sorted(LOSSES)
-            if "label_smoothing" in facts.facts_of(name).options
-        ),
+        *({"loss_type": name, "label_smoothing": 0.1} for name in sorted(SMOOTHED)),
     ],
 )
 def test_an_option_that_is_read_is_taken(settings):
