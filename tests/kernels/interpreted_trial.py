@@ -4,6 +4,7 @@ import pytest
 import torch
 from interpreted import all_variants, ignore_overflow, make
 
+from dpo_fast.kernels import linear_logprob_gpu as gpu
 from dpo_fast.kernels import linear_logprob_triton as kernels
 from dpo_fast.kernels.head import Head
 from dpo_fast.kernels.linear_logprob_trial import make_trial
@@ -49,7 +50,7 @@ def test_a_trial_knows_right_from_wrong(options, want_stats, spoil):
         variants["spoiled"] = spoiled
     with torch.no_grad():
         trial = make_trial(
-            variants, head, hidden, target, anchor, torch.empty(40, 97, dtype=torch.bfloat16), want_stats=want_stats
+            variants, head, hidden, target, anchor, gpu._empty_exponentials(hidden, 40, 97), want_stats=want_stats
         )
         right = {name: trial.is_right(name) for name in variants}
     assert right == {name: name != "spoiled" for name in variants}
@@ -89,7 +90,7 @@ def test_inputs_that_are_not_finite_make_no_variant_wrong(change, want_stats):
     variants = all_variants(head, hidden, want_stats=want_stats)
     with torch.no_grad():
         trial = make_trial(
-            variants, head, hidden, target, anchor, torch.empty(40, 97, dtype=torch.bfloat16), want_stats=want_stats
+            variants, head, hidden, target, anchor, gpu._empty_exponentials(hidden, 40, 97), want_stats=want_stats
         )
         assert (trial is None) is (change is an_infinite_weight)
         assert trial is None or all(map(trial.is_right, variants))
