@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_fast.kernels import gather_rows_triton, linear_logprob_gpu, linear_logprob_triton, logprob_triton
 from dpo_fast.kernels.gather_rows import RowIndex
-from dpo_fast.kernels.linear_logprob_torch import Head
+from dpo_fast.kernels.head import Head
 
 # Architecture: compile target, compute capability reported to the launchers, limit of shared memory per block in bytes.
 ARCHITECTURES = {
@@ -112,8 +112,8 @@ def launches(capability: int) -> list[Variant]:
         # Launches that only differ in the divisibility of a size count as one variant.
         caught.setdefault(variant.name, variant)
 
-    def every_way(head: Head, hidden: torch.Tensor, *arguments: Any, is_whole: bool) -> None:
-        for way in linear_logprob_gpu._ways(head, hidden, want_stats=arguments[-1] is not None).values():
+    def every_way(head: Head, hidden: torch.Tensor, *arguments: Any) -> None:
+        for way in linear_logprob_gpu._variants(head, hidden, want_stats=arguments[-1] is not None).values():
             way(head, hidden, *arguments)
 
     with (

@@ -88,7 +88,7 @@ def attention_errors(way: str, settings: dict[str, Any], num_tokens: int, layout
         return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
 
     want = run(prefix_attention_ref, torch.float64)
-    got, again = (run(prefix_attention, torch.bfloat16, way=way) for _ in range(2))
+    got, again = (run(prefix_attention, torch.bfloat16, backend=way) for _ in range(2))
     errors = {name: relative(a, b) for name, a, b in zip(names, got, want, strict=True)}
     return {**errors, "same bits": all(map(torch.equal, got, again))}
 

@@ -89,14 +89,14 @@ def check_training(
     layer if there is a kernel for it.
     """
     taken: set[str] = set()
-    best = prefix_attention._best_way
+    choose = prefix_attention.choose_attention
 
-    def watched(*args: Any) -> str:
-        way = best(*args)
-        taken.add(way)
-        return way
+    def watched(*args: Any) -> Any:
+        backend = choose(*args)
+        taken.add(backend.run.__name__)
+        return backend
 
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(prefix_attention, "_best_way", watched):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(prefix_attention, "choose_attention", watched):
         folder = Path(scratch)
         rows = pairs * steps
         making = Making(scratch, architecture, vocabulary, None, [rows], max_length, f"{scratch}/made.json")

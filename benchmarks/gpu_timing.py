@@ -81,7 +81,7 @@ def head_goes(way: str) -> Iterator[None]:
         return
     from dpo_fast.kernels import linear_logprob_gpu
 
-    ways = linear_logprob_gpu._ways
+    ways = linear_logprob_gpu._variants
 
     def some(*args: Any, **kwargs: Any) -> dict[str, Any]:
         found = ways(*args, **kwargs)
@@ -91,7 +91,7 @@ def head_goes(way: str) -> Iterator[None]:
     before = autotune.enabled
     autotune.enabled = way == BY_AUTOTUNE
     try:
-        with mock.patch.object(linear_logprob_gpu, "_ways", some):
+        with mock.patch.object(linear_logprob_gpu, "_variants", some):
             yield
     finally:
         autotune.enabled = before

@@ -33,13 +33,18 @@ def say(console: Console, text: str, *, style: str | None = None) -> None:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """`loss 0.6931  accuracy 0.50  margin +0.0000  412 tokens/s`, from the names of `metrics.jsonl`."""
+    """`loss 0.6931  accuracy 0.50 (all ties)  margin +0.0000  412 tokens/s`, from the names of `metrics.jsonl`.
+
+    A tie counts half here and in `dpo-fast eval`; `rewards/accuracies` alone leaves ties out, as TRL's does.
+    """
     if not metrics:
         return ""
     prefix = "eval_" if "eval_loss" in metrics else ""
+    ties = metrics.get(prefix + "rewards/ties", 0.0)
+    note = "" if ties == 0 else " (all ties)" if ties == 1 else f" ({ties:.0%} ties)"
     parts = [
         f"{prefix}loss {metrics[prefix + 'loss']:.4f}",
-        f"accuracy {metrics[prefix + 'rewards/accuracies']:.2f}",
+        f"accuracy {metrics[prefix + 'rewards/accuracies'] + ties / 2:.2f}{note}",
         f"margin {metrics[prefix + 'rewards/margins']:+.4f}",
     ]
     if "tokens_per_second" in metrics:

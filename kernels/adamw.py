@@ -37,7 +37,7 @@ from dpo_fast.kernels.backends import Backend, choose_backend
 
 BLOCK = 256
 FP32_FRACTION = 23
-# Over 2^32, per element and per step: the plastic number's fractions, whose sequence in two dimensions is spread evenly.
+# Over 2^32, per element and per step: the plastic number's fractions, whose sequence in two dimensions is even.
 ELEMENT_STRIDE = 1_052_792_407
 STEP_STRIDE = 2_447_445_413
 # The CPU takes this many elements at a time, which bounds its temporary memory.

@@ -2,8 +2,8 @@
 
 A program is one warp and takes `BLOCKS` blocks of 256 elements of one tensor: 8 elements per thread, so that all 2-byte
 streams are read 16 bytes at a time, and a block's maximum is found within the warp. A table on the device holds a row
-of addresses per tensor (64 bytes), a second one names the tensor and place of each program. Both stay there from step to
-step; when gradients move, the first is replaced by one asynchronous copy. bf16 is handled as its bits.
+of addresses per tensor (64 bytes), a second one names the tensor and place of each program. Both stay there from step
+to step; when gradients move, the first is replaced by one asynchronous copy. bf16 is handled as its bits.
 
 Tensors that do not start at a multiple of 16 bytes, or whose size is not a multiple of 16, go through a variant with
 narrower loads. Offsets are 64 bits.

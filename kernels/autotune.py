@@ -1,6 +1,6 @@
-"""Choosing among a few ways to do the same: each is checked, the right ones are timed, and the choice is kept on disk.
+"""Choose among variants of a computation: check each, time the correct ones, and keep the choice on disk.
 
-Ways differ in rounding alone. A choice is made per GPU, versions, source of the kernels and sizes, so that a machine
+Variants differ only in rounding. A choice is made per GPU, versions, source of the kernels and sizes, so that a machine
 which has chosen once gives the same bits from then on; `enabled = False` (`--autotune false`) always takes the default.
 """
 
@@ -30,15 +30,14 @@ _used: dict[str, dict[str, Any]] = {}
 
 @dataclass(frozen=True)
 class Trial:
-    """What a choice is made on.
+    """What a choice is based on.
 
     Attributes:
-        ways: by name; functions that all do the same and may be called any number of times.
-        is_right: spoils what the ways write, calls the one of that name, and compares with a truth that none of them
-            made.
+        variants: by name; functions that compute the same and may be called any number of times.
+        is_right: overwrites their outputs, calls the one of that name, and compares with an independent truth.
     """
 
-    ways: Mapping[str, Callable[[], object]]
+    variants: Mapping[str, Callable[[], object]]
     is_right: Callable[[str], bool]
 
 
@@ -48,17 +47,17 @@ def cache_dir() -> Path:
 
 
 def choose(key: str, names: Sequence[str], device: torch.device, make_trial: Callable[[], Trial | None]) -> str:
-    """The name of the fastest right way for `key`; the first of `names` where nothing can or shall be timed.
+    """The name of the fastest correct variant for `key`; the first of `names` if nothing can or should be timed.
 
     Args:
-        key: what the choice depends on beside GPU, versions and source, such as sizes and dtype.
-        names: of the ways, the default first.
+        key: what the choice depends on besides GPU, versions and source, such as sizes and dtype.
+        names: of the variants, the default first.
         device: where they run.
-        make_trial: called only if a choice has to be made; None where these inputs cannot tell right from wrong, which
-            takes the default for this once.
+        make_trial: called only if a choice has to be made; returns None if these inputs cannot tell right from wrong,
+            which takes the default this time.
 
     Raises:
-        RuntimeError: no way gives the right result on this GPU; the message has what each of them did.
+        RuntimeError: no variant is correct on this GPU; the message says what each of them did.
     """
     if not enabled or len(names) == 1 or not _can_time(device):
         return names[0]
@@ -75,7 +74,7 @@ def choose(key: str, names: Sequence[str], device: torch.device, make_trial: Cal
 
 
 def choices() -> dict[str, dict[str, Any]]:
-    """What this process has run with: by key the choice, milliseconds of each way, and ways left out with the cause."""
+    """What this process has run with: by key the choice, milliseconds of each variant, and why others were left out."""
     return dict(_used)
 
 
@@ -103,7 +102,7 @@ def _source_hash() -> str:
 
 
 def _valid(records: Mapping[str, dict[str, Any]], key: str, names: Sequence[str]) -> dict[str, Any] | None:
-    """The record of `key`, if it chose one of the ways that there are."""
+    """The record of `key`, if it chose a variant that exists."""
     record = records.get(key)
     return record if record is not None and record.get("choice") in names else None
 
@@ -112,24 +111,24 @@ def _choose(key: str, trial: Trial, device: torch.device) -> dict[str, Any]:
     import torch
 
     right, left_out = {}, {}
-    for name, way in trial.ways.items():
+    for name, variant in trial.variants.items():
         try:
             if trial.is_right(name):
-                right[name] = way
+                right[name] = variant
             else:
                 left_out[name] = "wrong result"
         except torch.OutOfMemoryError:
-            # That says something of what else is on the GPU, not of this way.
+            # The cause is what else is on the GPU, not this variant.
             raise
         except Exception as error:
-            # Triton raises many types where a GPU has too little of something.
+            # Triton raises many types if a GPU has too little of something.
             left_out[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
     for name, reason in left_out.items():
         logger.warning("autotune leaves %s out (%s): %s", name, key, reason)
     if not right:
         raise RuntimeError(
             f"no kernel gives the right result here ({key}): {left_out}. "
-            'Please report it; backend="torch" of linear_logprob does without them'
+            'Please report it; backend="torch" of linear_logprob avoids them'
         )
     milliseconds = _milliseconds(right, device)
     choice = min(milliseconds, key=milliseconds.__getitem__)
@@ -137,17 +136,17 @@ def _choose(key: str, trial: Trial, device: torch.device) -> dict[str, Any]:
     return {**record, "left out": left_out} if left_out else record
 
 
-def _milliseconds(ways: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Medians over a few rounds in which the ways take turns; all were called before."""
+def _milliseconds(variants: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Medians over a few rounds in which the variants take turns; all are warm."""
     import torch
 
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     with torch.cuda.device(device):
         for _ in range(_ROUNDS):
-            for name, way in ways.items():
+            for name, variant in variants.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                way()
+                variant()
                 end.record()
                 end.synchronize()
                 times[name].append(start.elapsed_time(end))
@@ -159,7 +158,7 @@ def _path() -> Path:
 
 
 def _read() -> dict[str, dict[str, Any]]:
-    """What is on disk; a file that cannot be read costs a few timings, no more."""
+    """What is on disk; a file that cannot be read only costs a few timings."""
     try:
         found = json.loads(_path().read_text())
     except (OSError, ValueError, RecursionError):
@@ -168,7 +167,7 @@ def _read() -> dict[str, dict[str, Any]]:
 
 
 def _keep(key: str, record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Write a choice; returns the one that holds, which is another process's if that was first."""
+    """Write a choice; returns the one that holds: another process's if that came first."""
     try:
         _path().parent.mkdir(parents=True, exist_ok=True)
         with _locked(_path().with_suffix(".lock")):
@@ -179,13 +178,13 @@ def _keep(key: str, record: dict[str, Any], names: Sequence[str]) -> dict[str, A
             staging.write_text(json.dumps({**records, key: record}, indent=1, sort_keys=True) + "\n")
             staging.replace(_path())
     except OSError as error:
-        logger.info("autotune: %s cannot be written (%s); choices are made anew next time", _path(), error)
+        logger.info("autotune: %s cannot be written (%s); choices will be made again next time", _path(), error)
     return record
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Only one process at a time is inside; where files cannot be locked (Windows), as many as come."""
+    """Only one process at a time is inside, except where files cannot be locked (Windows)."""
     with path.open("w") as file:
         with suppress(ImportError):
             import fcntl

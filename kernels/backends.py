@@ -1,4 +1,7 @@
-"""Which backend a call takes: by where its tensors are, never by what can be imported."""
+"""Triton or PyTorch: chosen by where a call's tensors are, never by what can be imported.
+
+Attention has backends of its own, in attention_backends.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ R = TypeVar("R")
 def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
     """Run `function` with the GPU of its first tensor as the current one.
 
-    PyTorch's own operators see to this themselves. Triton launches on the current GPU, wherever its arguments lie.
+    PyTorch's own operators do this themselves. Triton launches on the current GPU, wherever its arguments are.
     """
 
     @wraps(function)
@@ -33,11 +36,11 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 def choose_backend(backend: Backend, tensor: Tensor) -> Literal["torch", "triton"]:
     """ "torch" or "triton" for `tensor`, whose device and dtype stand for the call's.
 
-    "auto" is Triton for CUDA tensors of up to 32 bits and PyTorch for all others. A CUDA machine without Triton (there
-    is none for some platforms) is told once that it runs on the slower backend.
+    "auto" is Triton for CUDA tensors of up to 32 bits and PyTorch for all others. On a CUDA machine without Triton,
+    which some platforms lack, it warns once about the slower backend.
 
     Raises:
-        ValueError: no such backend, or Triton asked for a tensor that it cannot take.
+        ValueError: no such backend, or Triton cannot take this tensor.
     """
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f'backend: expected "auto", "torch" or "triton", got {backend!r}')

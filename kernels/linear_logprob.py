@@ -14,29 +14,29 @@ product with the head. Take it as anchor:
 E is made once, in the forward, without a row maximum, a log-softmax or a second pass; the backward is its two
 bare products. Leaving the target out of S and using log1p keeps relative accuracy for confident tokens, whose
 log-probs are differences of nearly equal numbers in the usual form. bf16 and fp32 share their exponent range,
-which lets E be kept unnormalised; a row whose odds leave the range (2^46, or 32 nats against its target) is made
-again in fp64 with its largest logit m as anchor, for which S + e^(z_y - m) stands in the place of 1 + S, and stays
-exact at any distance.
+which lets E be kept unnormalised; a row whose odds leave the range (2^46, or 32 nats against its target) is recomputed
+in fp64 with its largest logit m as anchor, for which S + e^(z_y - m) replaces 1 + S, and stays exact at any distance.
 
 N rows, V vocabulary, D hidden size. Three products of 2·N·V·D flop (two for a frozen head, one to score);
 memory: the kept exponentials, at most `memory_budget`. Rows over the budget pay one product more, in the
-backward. The usual fused heads make the logits again in the backward (four products): Hsu et al., "Liger
+backward. The usual fused heads recompute the logits in the backward (four products): Hsu et al., "Liger
 Kernel" (2024), arXiv:2410.10989; Wijmans et al., "Cut Your Losses" (2024), arXiv:2411.09009.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_fast.kernels import linear_logprob_torch
-from dpo_fast.kernels.backends import Backend, choose_backend
-from dpo_fast.kernels.linear_logprob_torch import Head
+from dpo_fast.kernels.backends import choose_backend
+from dpo_fast.kernels.head import Head, HeadKeywords, HeadOptions
 from dpo_fast.kernels.token_stats import TokenStats
 
 
@@ -74,8 +74,8 @@ class _LinearLogprob(torch.autograd.Function):
         wants_hidden, *wants_head = ctx.needs_input_grad[:3]
         frozen = wants_hidden and not any(wants_head)
         head = call.head(hidden, weight, bias)
-        logp, ctx.state, stats = call.module.forward(
-            head, hidden, target, call.memory_budget, frozen=frozen, want_stats=call.want_stats
+        logp, ctx.state, stats = call.implementation.forward(
+            head, hidden, target, call.options.memory_budget, frozen=frozen, want_stats=call.want_stats
         )
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.call, ctx.main_grad = call, main_grad
@@ -88,7 +88,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, target = ctx.saved_tensors
         head = ctx.call.head(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):  # a backward may be called inside of one
-            gradients = ctx.call.module.backward(
+            gradients = ctx.call.implementation.backward(
                 head, hidden, target, ctx.state, grad, ctx.needs_input_grad[:3], ctx.main_grad
             )
         return *gradients, None, None, None
@@ -96,25 +96,22 @@ class _LinearLogprob(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Call:
-    """The settings of one call."""
+    """One call: what was asked for, and the backend that was chosen."""
 
-    softcap: float | None
-    scale: float
-    memory_budget: int
+    options: HeadOptions
     backend: str
     want_stats: bool
 
     @property
-    def module(self) -> Any:
-        """What makes forward and backward; Triton's is imported when it is first used."""
+    def implementation(self) -> Any:
+        """The module with forward and backward; Triton's is imported on first use."""
         if self.backend == "torch":
             return linear_logprob_torch
         return import_module("dpo_fast.kernels.linear_logprob_gpu")
 
     def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
         """The head, with the dtype of the products."""
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return Head(weight, bias, self.softcap, self.scale, dtype)
+        return Head(weight, bias, self.options.softcap, 1 / self.options.temperature, _product_dtype(hidden))
 
 
 def linear_logprob(
@@ -123,12 +120,8 @@ def linear_logprob(
     target: Tensor,
     *,
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    backend: Backend = "auto",
-    memory_budget: int = 2 * 2**30,
     main_grad: Tensor | None = None,
-    assume_valid: bool = False,
+    **options: Unpack[HeadKeywords],
 ) -> Tensor:
     """Log-probabilities of `target` under softmax(cap(hidden·weightᵀ + bias) / temperature).
 
@@ -138,30 +131,23 @@ def linear_logprob(
         target: (N,) int64; a negative target is left out: its log-prob is 0.0 and it has no gradient. Rows that
             are left out cost a copy of the others, and no product.
         bias: (V,) or None.
-        softcap: cap(x) = softcap · tanh(x / softcap), as in Gemma 2; None for none.
-        temperature: divides the capped logits.
-        backend: "torch", "triton" (CUDA), or "auto": Triton for CUDA tensors where it is installed, else torch.
-        memory_budget: bytes that may be kept from the forward for the backward. Rows that do not fit are computed
-            again in the backward: slower, and the same result.
-        main_grad: (V, D) in fp32 (fp64 if `hidden` is) that the backward adds dW to, for those who keep gradients
-            themselves or tie the head to the embeddings; `weight`, which must ask for a gradient, then gets none here.
-        assume_valid: take it that every target lies in [0, V). Else they are looked at, for which a GPU is waited for
-            once.
+        main_grad: (V, D) in fp32 (fp64 if `hidden` is) that the backward adds dW to, for callers who manage gradients
+            themselves or tie the head to the embeddings; `weight`, which must require a gradient, then gets none here.
+        **options: fields of `HeadOptions`: `softcap`, `temperature`, `backend`, `memory_budget`, `assume_valid`.
 
-    Under autocast the inputs are taken in its dtype, as by a matrix product.
+    Under autocast the inputs are cast to its dtype, as for a matrix product.
 
     Returns:
         (N,) natural-log probabilities in fp32 (fp64 if `hidden` is), differentiable once in `hidden`, `weight` and
-        `bias`, whose gradients have their own dtypes; sums over rows are made in fp32. Where nothing needs a gradient
-        nothing is kept, and at most 64 MiB is used (but for the one call in which autotune chooses; see autotune.py).
+        `bias`, whose gradients have their own dtypes; sums over rows are made in fp32. If nothing needs a gradient
+        nothing is kept, and at most 64 MiB is used (except in the one call in which autotune chooses; see autotune.py).
 
         Infinities follow PyTorch's log_softmax: a logit of +inf gives NaN, one of -inf has probability 0.
 
     Raises:
         ValueError: a shape, dtype, device or range is wrong; the message names the argument.
     """
-    options = (bias, softcap, temperature, backend, memory_budget, main_grad, assume_valid)
-    return _linear_logprob(hidden, weight, target, *options, want_stats=False)[0]
+    return _log_probs(hidden, weight, bias, target, main_grad, HeadOptions(**options), want_stats=False)[0]
 
 
 def linear_logprob_with_stats(
@@ -170,72 +156,54 @@ def linear_logprob_with_stats(
     target: Tensor,
     *,
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    backend: Backend = "auto",
-    memory_budget: int = 2 * 2**30,
     main_grad: Tensor | None = None,
-    assume_valid: bool = False,
+    **options: Unpack[HeadKeywords],
 ) -> tuple[Tensor, TokenStats]:
     """`linear_logprob` and, from the same pass over the head, each row's `TokenStats`, which have no gradient."""
-    options = (bias, softcap, temperature, backend, memory_budget, main_grad, assume_valid)
-    logp, *stats = _linear_logprob(hidden, weight, target, *options, want_stats=True)
+    logp, *stats = _log_probs(hidden, weight, bias, target, main_grad, HeadOptions(**options), want_stats=True)
     return logp, TokenStats(*stats)
 
 
-def _linear_logprob(
+def _log_probs(
     hidden: Tensor,
     weight: Tensor,
-    target: Tensor,
     bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    backend: Backend,
-    memory_budget: int,
+    target: Tensor,
     main_grad: Tensor | None,
-    assume_valid: bool,
+    options: HeadOptions,
     *,
     want_stats: bool,
 ) -> tuple[Tensor, ...]:
-    """Log-probs and, if they are wanted, the figures of `TokenStats`."""
-    _check(hidden, weight, target, bias, softcap, temperature)
-    if memory_budget < 0:
-        raise ValueError(f"memory_budget: expected 0 bytes or more, got {memory_budget}")
+    """Log-probs and, if `want_stats`, the figures of `TokenStats`."""
+    _check(hidden, weight, bias, target)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        # As autocast has it for a matrix product: inputs in its dtype. What is inside keeps the dtypes it asks for.
-        cast = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
-        with torch.autocast(device, enabled=False):
-            return _linear_logprob(
-                hidden,
-                weight,
-                target,
-                bias,
-                softcap,
-                temperature,
-                backend,
-                memory_budget,
-                main_grad,
-                assume_valid,
-                want_stats=want_stats,
-            )
+    autocasts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    if autocasts:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check_main_grad(hidden, weight, main_grad)
-    call = _Call(softcap, 1 / temperature, memory_budget, choose_backend(backend, hidden), want_stats)
-    rows = None if assume_valid else _live_rows(target, weight.shape[0])
+    call = _Call(options, choose_backend(options.backend, hidden), want_stats)
+    rows = None if options.assume_valid else _live_rows(target, weight.shape[0])
     live = target
     if rows is not None:
         hidden, live = hidden[rows], target[rows]
     if call.backend == "triton":
         weight = weight.to(hidden.dtype)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
-        results = _LinearLogprob.apply(hidden, weight, bias, live, main_grad, call)
-    else:
-        logp, _, stats = call.module.forward(call.head(hidden, weight, bias), hidden, live, 0, want_stats=want_stats)
-        results = (logp, *(stats or ()))
+    # The implementations choose their own dtypes.
+    with torch.autocast(device, enabled=False) if autocasts else nullcontext():
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+            results = _LinearLogprob.apply(hidden, weight, bias, live, main_grad, call)
+        else:
+            head = call.head(hidden, weight, bias)
+            logp, _, stats = call.implementation.forward(head, hidden, live, 0, want_stats=want_stats)
+            results = (logp, *(stats or ()))
     if rows is None:
         return results
     return tuple(x.new_zeros(target.shape[0]).index_put((rows,), x) for x in results)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _live_rows(target: Tensor, vocab: int) -> Tensor | None:
@@ -251,24 +219,17 @@ def _live_rows(target: Tensor, vocab: int) -> Tensor | None:
 def _check_main_grad(hidden: Tensor, weight: Tensor, main_grad: Tensor | None) -> None:
     if main_grad is None:
         return
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = _product_dtype(hidden)
     if main_grad.shape != weight.shape or main_grad.dtype != dtype or main_grad.device != weight.device:
         raise ValueError(
             f"main_grad: expected {tuple(weight.shape)} {dtype} on {weight.device}, got {tuple(main_grad.shape)} "
             f"{main_grad.dtype} on {main_grad.device}"
         )
     if not weight.requires_grad:
-        raise ValueError("main_grad: weight asks for no gradient, so there is nothing to add; set requires_grad")
+        raise ValueError("main_grad: weight does not require a gradient, so there is nothing to add; set requires_grad")
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-) -> None:
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden: expected (N, D) floating point, got {tuple(hidden.shape)} {hidden.dtype}")
     if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] != hidden.shape[1] or 0 in weight.shape:
@@ -279,10 +240,6 @@ def _check(
         raise ValueError(f"target: expected ({hidden.shape[0]},) int64, got {tuple(target.shape)} {target.dtype}")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(f"bias: expected ({weight.shape[0]},) floating point, got {tuple(bias.shape)} {bias.dtype}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
     for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected on {hidden.device} as hidden is, got {tensor.device}")

@@ -9,7 +9,7 @@ in the cache:
     backward    V / C times: dH += E·W_c;  dW_c = Eᵀ·(v ⊙ H)
 
 A kept row's tiles lie one after the other, each contiguous. Rows over the memory budget keep S alone, and
-make their tiles again.
+recompute their tiles.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dpo_fast.kernels.head import Head
 from dpo_fast.kernels.token_stats import StatsSums, TokenStats
 
 # 2^21 fp32 exponentials, 8 MiB: a share of the last-level cache, and enough for a product at full speed.
@@ -30,61 +31,29 @@ WEIGHT_TILE = 2**21
 # 2^20 fp64 numbers, 8 MiB, are what fp64 gets of rows or weights at a time.
 EXACT_TILE = 2**20
 # 32 nats against the target. Beyond, fp32's roundings of z - z_y would show in the fifth digit behind the point: such
-# rows, which are very rare, are made again in fp64 with their largest logit as anchor.
+# rows, which are very rare, are recomputed in fp64 with their largest logit as anchor.
 MAX_ODDS = 2.0**46
 
 
-@dataclass(frozen=True)
-class Head:
-    """logits = scale · cap(hidden·weightᵀ + bias), cap(x) = softcap · tanh(x / softcap) where there is one."""
+def column_tiles(head: Head, num_rows: int) -> list[slice]:
+    """Tiles of the vocabulary for blocks of up to `num_rows` rows."""
+    vocab, dim = head.weight.shape
+    width = TILE // min(max(num_rows, 1), MAX_ROWS)
+    if head.weight.dtype != head.dtype:
+        width = min(width, max(WEIGHT_TILE // dim, 64))
+    return [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
 
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-    dtype: torch.dtype
 
-    def columns(self, num_rows: int) -> list[slice]:
-        """Tiles of the vocabulary for blocks of up to `num_rows` rows."""
-        vocab, dim = self.weight.shape
-        width = TILE // min(max(num_rows, 1), MAX_ROWS)
-        if self.weight.dtype != self.dtype:
-            width = min(width, max(WEIGHT_TILE // dim, 64))
-        return [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
-
-    def tile(self, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """(C, D) weight and (C,) bias of a tile in the dtype of the products."""
-        bias = None if self.bias is None else self.bias[columns].to(self.dtype)
-        return self.weight[columns].to(self.dtype), bias
-
-    def logits_(self, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Fill `out` (R, C) with logits; returns cap', the softcap's slope, or None for 1 everywhere."""
-        factor = self.scale if self.softcap is None else 1 / self.softcap
-        if bias is None:
-            torch.addmm(out, hidden, weight.t(), beta=0, alpha=factor, out=out)
-        else:
-            torch.addmm(bias, hidden, weight.t(), beta=factor, alpha=factor, out=out)
-        return self.cap_(out)
-
-    def cap_(self, product: Tensor) -> Tensor | None:
-        """Turn a product, already times scale or 1 / softcap, into logits; returns what `logits_` does."""
-        if self.softcap is None:
-            return None
-        product.tanh_()
-        slope = 1 - product * product
-        product.mul_(self.softcap * self.scale)
-        return slope
-
-    def target_logits(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(R,) fp64 logit of every row's target and its slope: one dot product a row, before any tile is made."""
-        step = max(EXACT_TILE // hidden.shape[1], 1)
-        pieces = zip(hidden.split(step), target.split(step), strict=True)
-        product = torch.cat([(rows.double() * self.weight[ids].double()).sum(1) for rows, ids in pieces])
-        if self.bias is not None:
-            product += self.bias[target].double()
-        product *= self.scale if self.softcap is None else 1 / self.softcap
-        slope = self.cap_(product)
-        return product, slope
+def target_logits(head: Head, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(R,) fp64 logit of every row's target and the softcap's slope there: one dot product a row."""
+    step = max(EXACT_TILE // hidden.shape[1], 1)
+    pieces = zip(hidden.split(step), target.split(step), strict=True)
+    product = torch.cat([(rows.double() * head.weight[ids].double()).sum(1) for rows, ids in pieces])
+    if head.bias is not None:
+        product += head.bias[target].double()
+    product *= head.scale if head.softcap is None else 1 / head.softcap
+    slope = head.cap_(product)
+    return product, slope
 
 
 def row_blocks(num_rows: int, num_kept: int) -> list[slice]:
@@ -99,7 +68,7 @@ def row_blocks(num_rows: int, num_kept: int) -> list[slice]:
 
 @dataclass
 class State:
-    """N rows cut into blocks, the vocabulary cut into tiles, and what the forward found out.
+    """N rows cut into blocks, the vocabulary cut into tiles, and the results of the forward.
 
     Attributes:
         blocks: slices of rows.
@@ -107,10 +76,10 @@ class State:
         anchor: (N,) what is subtracted from a row's logits: a rounded z_y, or the largest logit.
         odds: (N,) S, the sum of a row's exponentials without its target's.
         total: (N,) S + e^(z_y - anchor).
-        kept: exponentials of the first blocks, one flat tensor each; fewer than blocks where the budget ran out.
+        kept: exponentials of the first blocks, one flat tensor each; fewer than blocks if the budget ran out.
         unit_grad: (N, D) d logp / d hidden, for a head without gradient, whose exponentials need not be kept; or None.
-        sums: of `TokenStats`, or None where they are not wanted.
-        lost: for each block the rows in it that were made again in fp64.
+        sums: of `TokenStats`, or None if they are not wanted.
+        out_of_range: for each block the rows in it that were recomputed in fp64.
     """
 
     blocks: list[slice]
@@ -121,7 +90,7 @@ class State:
     kept: list[Tensor]
     unit_grad: Tensor | None
     sums: StatsSums | None
-    lost: list[Tensor] = field(default_factory=list)
+    out_of_range: list[Tensor] = field(default_factory=list)
 
     def tile(self, k: int, columns: slice) -> Tensor:
         """An (R, C) tile of block k: the kept one, or an empty one."""
@@ -152,14 +121,14 @@ def forward(
     num_kept = 0 if frozen else min(num_rows, memory_budget // (vocab * head.dtype.itemsize))
     blocks = row_blocks(num_rows, num_kept)
     kept = [hidden.new_empty((b.stop - b.start) * vocab, dtype=head.dtype) for b in blocks if b.stop <= num_kept]
-    z_target = torch.cat([head.target_logits(hidden[b], target[b])[0] for b in blocks])
+    z_target = torch.cat([target_logits(head, hidden[b], target[b])[0] for b in blocks])
     unit_grad = torch.zeros_like(hidden, dtype=head.dtype) if frozen else None
     anchor = z_target.to(head.dtype, copy=True)
     odds = torch.zeros_like(anchor)
     sums = StatsSums.zeros_like(odds) if want_stats else None
-    state = State(blocks, head.columns(num_rows), anchor, odds, odds, kept, unit_grad, sums)
+    state = State(blocks, column_tiles(head, num_rows), anchor, odds, odds, kept, unit_grad, sums)
     _sum_exponentials(head, hidden, target, state)
-    state.lost = [_reanchor(head, hidden, target, state, k) for k in range(len(blocks))]
+    state.out_of_range = [_reanchor(head, hidden, target, state, k) for k in range(len(blocks))]
     shift = state.anchor - z_target
     state.total = odds + torch.exp(-shift).to(head.dtype)
     _finish(head, hidden, target, state)
@@ -249,19 +218,19 @@ def _reanchor(head: Head, hidden: Tensor, target: Tensor, state: State, k: int) 
     Returns:
         Their places in the block.
     """
-    lost = (~(state.odds[state.blocks[k]] <= MAX_ODDS)).nonzero()[:, 0]
+    places = (~(state.odds[state.blocks[k]] <= MAX_ODDS)).nonzero()[:, 0]
     widest = max(hidden.shape[1], state.columns[0].stop)
-    for some in lost.split(max(EXACT_TILE // widest, 1)):
+    for some in places.split(max(EXACT_TILE // widest, 1)):
         if some.numel():
             _reanchor_rows(head, hidden, target, state, k, some)
-    return lost
+    return places
 
 
-def _reanchor_rows(head: Head, hidden: Tensor, target: Tensor, state: State, k: int, lost: Tensor) -> None:
-    """`_reanchor` for the rows at the places `lost`."""
+def _reanchor_rows(head: Head, hidden: Tensor, target: Tensor, state: State, k: int, places: Tensor) -> None:
+    """`_reanchor` for the rows at `places`."""
     block = state.blocks[k]
     exact = replace(head, dtype=torch.float64)
-    rows = hidden[block][lost].double()
+    rows = hidden[block][places].double()
     peak = torch.full_like(rows[:, 0], -torch.inf)
     for columns in state.columns:
         for part in _exact_parts(head, columns):
@@ -269,23 +238,23 @@ def _reanchor_rows(head: Head, hidden: Tensor, target: Tensor, state: State, k: 
             tile = rows.new_empty(rows.shape[0], weight.shape[0])
             exact.logits_(tile, rows, weight, bias)
             peak = torch.maximum(peak, tile.amax(1))
-    state.anchor[block][lost] = peak.to(head.dtype)
+    state.anchor[block][places] = peak.to(head.dtype)
     odds, unit_grad = torch.zeros_like(peak), torch.zeros_like(rows)
     sums = None if state.sums is None else StatsSums.zeros_like(peak)
     for columns in state.columns:
-        tile, more = _exact_tile(head, hidden, target, state, k, lost, columns, sums)
+        tile, more = _exact_tile(head, hidden, target, state, k, places, columns, sums)
         odds += more
         if k < len(state.kept):
-            state.tile(k, columns)[lost] = tile.to(head.dtype)
+            state.tile(k, columns)[places] = tile.to(head.dtype)
         if state.unit_grad is not None:
             for part in _exact_parts(head, columns):
                 inside = slice(part.start - columns.start, part.stop - columns.start)
                 unit_grad.addmm_(tile[:, inside], exact.tile(part)[0])
-    state.odds[block][lost] = odds.to(head.dtype)
+    state.odds[block][places] = odds.to(head.dtype)
     if state.sums is not None and sums is not None:
-        state.sums.rows(block).put(lost, sums)
+        state.sums.rows(block).put(places, sums)
     if state.unit_grad is not None:
-        state.unit_grad[block][lost] = unit_grad.to(head.dtype)
+        state.unit_grad[block][places] = unit_grad.to(head.dtype)
 
 
 def _exact_parts(head: Head, columns: slice) -> list[slice]:
@@ -300,14 +269,14 @@ def _exact_tile(
     target: Tensor,
     state: State,
     k: int,
-    lost: Tensor,
+    places: Tensor,
     columns: slice,
     sums: StatsSums | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A tile of the rows `lost` of block k in fp64, and its sums."""
+    """A tile of the rows at `places` of block k in fp64, and its sums."""
     block = state.blocks[k]
     exact = replace(head, dtype=torch.float64)
-    rows, labels, anchor = hidden[block][lost].double(), target[block][lost], state.anchor[block][lost].double()
+    rows, labels, anchor = hidden[block][places].double(), target[block][places], state.anchor[block][places].double()
     tile, odds = rows.new_empty(rows.shape[0], columns.stop - columns.start), torch.zeros_like(anchor)
     for part in _exact_parts(head, columns):
         out = tile[:, part.start - columns.start : part.stop - columns.start]
@@ -317,7 +286,7 @@ def _exact_tile(
 
 def _target_entries(head: Head, hidden: Tensor, target: Tensor, state: State, block: slice) -> Tensor:
     """What the products want at a block's targets: -S times the softcap's slope, (R,)."""
-    slope = head.target_logits(hidden[block], target[block])[1]
+    slope = target_logits(head, hidden[block], target[block])[1]
     return -state.odds[block] if slope is None else -state.odds[block] * slope.to(head.dtype)
 
 
@@ -346,7 +315,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients from the exponentials: dH = v ⊙ (E·W), dW = Eᵀ·(v ⊙ H), db = Eᵀ·v.
 
-    What the forward kept is used up: a second backward makes it again.
+    Consumes what the forward kept: a second backward recomputes it.
 
     Args:
         head, hidden, target: as in `forward`.
@@ -376,9 +345,9 @@ def backward(
             if k >= len(kept):
                 labels = target[block] - columns.start
                 exponentials_(tile, head, rows, weight, bias, state.anchor[block], labels)
-                if state.lost[k].numel():
-                    exact, _ = _exact_tile(head, hidden, target, state, k, state.lost[k], columns)
-                    tile[state.lost[k]] = exact.to(head.dtype)
+                if state.out_of_range[k].numel():
+                    exact, _ = _exact_tile(head, hidden, target, state, k, state.out_of_range[k], columns)
+                    tile[state.out_of_range[k]] = exact.to(head.dtype)
                 _set_targets(tile, labels, entries[k])
             if d_hidden is not None:
                 d_hidden[block].addmm_(tile, weight)

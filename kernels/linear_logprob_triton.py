@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_fast.kernels.linear_logprob_torch import Head
+from dpo_fast.kernels.head import Head
 from dpo_fast.kernels.token_stats import StatsSums
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,23 +33,23 @@ FILL, PEAK, REDO = (tl.constexpr(i) for i in range(3))
 
 # The fused kernel's blocks and launch options, checked by compiling without a GPU (benchmarks/aot.py): no spill, and
 # within the GPU's shared memory. The first of each is the default, autotune.py tries the others. "plain" has no bias
-# and no softcap, which leaves registers for a larger tile. Compute capabilities that are not
-# listed take the one below. On 10.0 Triton 3.9 cannot lower eight warps with a softcap
+# and no softcap, which leaves registers for a larger tile. Compute capabilities that are not listed take the next lower
+# one. On 10.0 Triton 3.9 cannot lower eight warps with a softcap
 # (TritonNvidiaGPUOptimizeTMemLayoutsPass fails).
 _WIDE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8}
 _SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 4, "num_warps": 8}
 _SMALL = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_stages": 4, "num_warps": 8}
 FUSED = {
     (80, "plain"): [_SMALL, {**_SMALL, "num_stages": 3}],
-    (80, "rich"): [_SMALL],
+    (80, "epilogue"): [_SMALL],
     (90, "plain"): [{**_WIDE, "num_stages": 3}, _WIDE, _SQUARE],
-    (90, "rich"): [_SQUARE],
+    (90, "epilogue"): [_SQUARE],
     (100, "plain"): [_SQUARE, {**_SQUARE, "num_stages": 3}],
-    (100, "rich"): [{"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 4, "num_warps": 4}],
+    (100, "epilogue"): [{"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 4, "num_warps": 4}],
 }
-# Figures beside the odds take registers of their own.
+# Statistics besides the odds take more registers.
 FUSED_STATS = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 3, "num_warps": 4}
-# Rows are redone in fp64, on every GPU alike.
+# Rows are recomputed in fp64, with the same blocks on every GPU.
 FUSED_REDO = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "num_stages": 2, "num_warps": 8}
 # Consumer Blackwell (12.x) has TMA but Ampere's shared memory and tensor cores.
 TMA_CAPABILITIES = range(90, 120)
@@ -59,7 +59,7 @@ FP_FUSION = {"enable_fp_fusion": True}
 
 @triton.jit
 def _tanh(x):
-    """tanh without libdevice, which the interpreter has not; the error is 1e-7, absolute."""
+    """tanh without libdevice, which the interpreter lacks; the error is 1e-7, absolute."""
     e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     t = (1 - e) / (1 + e)
     return tl.where(x < 0, -t, t)
@@ -89,6 +89,16 @@ def _cap(product, factor, gain, HAS_CAP: tl.constexpr):
         slope = 1 - t * t
         x = t * gain
     return x, slope
+
+
+@triton.jit
+def _add_stats(square, energy, shifted, peak, e, distance, counts, inside, AXIS: tl.constexpr):
+    """The sums of `StatsSums` with a tile's share; `counts` is `inside` without the targets."""
+    square += tl.sum(e * e, AXIS)
+    energy += tl.sum(tl.where(e > 0, e * distance, 0.0), AXIS)
+    shifted += tl.sum(tl.where(inside, distance, 0.0), AXIS)
+    peak = tl.maximum(peak, tl.max(tl.where(counts, distance, float("-inf")), AXIS))
+    return square, energy, shifted, peak
 
 
 @triton.jit
@@ -141,10 +151,7 @@ def slice_kernel(
         e = tl.where(counts, tl.exp2(distance * LOG2E), 0.0)
         odds += tl.sum(e, 0)
         if STATS:
-            square += tl.sum(e * e, 0)
-            energy += tl.sum(tl.where(e > 0, e * distance, 0.0), 0)
-            shifted += tl.sum(tl.where(inside, distance, 0.0), 0)
-            peak = tl.maximum(peak, tl.max(tl.where(counts, distance, float("-inf")), 0))
+            square, energy, shifted, peak = _add_stats(square, energy, shifted, peak, e, distance, counts, inside, 0)
         out = e_ptr + row * e_stride + columns
         tl.store(out, (e * slope).to(e_ptr.dtype.element_ty), mask=inside)
     tl.store(odds_ptr + row, odds)
@@ -156,55 +163,75 @@ def slice_kernel(
 
 
 @triton.jit
+def _place(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile: groups of row tiles share a tile of the head while it is in the L2 cache."""
+    group = tile // (GROUP_M * num_n)
+    height = tl.minimum(num_m - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + (tile % (GROUP_M * num_n)) % height
+    tile_n = (tile % (GROUP_M * num_n)) // height
+    return tile_m, tile_n
+
+
+@triton.jit
+def _product(
+    hidden_desc, weight_desc, hidden_ptr, weight_ptr, rows, columns, first_row, first_column, num_rows, vocab, dim,
+    depth, ACC: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) products of hidden states and head, over the first `depth` of `dim` numbers."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if TMA:
+        for k in range(0, depth, BLOCK_K):
+            h = hidden_desc.load([first_row, k])
+            w = weight_desc.load([first_column, k])
+            acc = tl.dot(h, w.T, acc)
+    else:
+        # Rows over the end read the last one: cheaper than a mask, and their results are masked.
+        h_rows = hidden_ptr + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * dim
+        w_rows = weight_ptr + tl.minimum(columns, vocab - 1).to(tl.int64)[None, :] * dim
+        for k in range(0, depth, BLOCK_K):
+            depths = k + tl.arange(0, BLOCK_K)
+            h = tl.load(h_rows + depths[None, :], mask=depths[None, :] < dim, other=0.0)
+            w = tl.load(w_rows + depths[:, None], mask=depths[:, None] < dim, other=0.0)
+            acc = _add_product(acc, h, w)
+    return acc
+
+
+@triton.jit
 def fused_kernel(
-    hidden_desc, weight_desc, e_desc, hidden_ptr, weight_ptr, e_ptr, bias_ptr, anchor_ptr, label_ptr, lost_ptr,
-    any_lost_ptr, partial_ptr, num_rows, vocab, dim, e_stride, factor, gain,
+    hidden_desc, weight_desc, e_desc, hidden_ptr, weight_ptr, e_ptr, bias_ptr, anchor_ptr, label_ptr, out_of_range_ptr,
+    any_out_of_range_ptr, partial_ptr, num_rows, vocab, dim, e_stride, factor, gain,
     MODE: tl.constexpr, STATS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of logits, turned into exponentials where they are made; a partial result per row and tile of columns.
+    """Tiles of logits, turned into exponentials in the epilogue; a partial result per row and tile of columns.
 
-    FILL adds exponentials up and stores them at `e_ptr`, if there is one. PEAK and REDO are for the rows that
-    `lost_ptr` marks, and make their products in fp64: PEAK takes the maximum of their logits, REDO does what FILL does.
-    With STATS there are five partial results, those of `StatsSums` after the odds.
+    FILL sums exponentials and stores them at `e_ptr`, if there is one. PEAK and REDO are for the rows that
+    `out_of_range_ptr` marks, and make their products in fp64: PEAK takes the maximum of their logits, REDO does what
+    FILL does. With STATS there are five partial results, those of `StatsSums` after the odds.
     """
-    ONLY_LOST: tl.constexpr = MODE != FILL
-    if ONLY_LOST:  # noqa: SIM102  one condition is Triton's, the other is looked at on the device
-        if tl.load(any_lost_ptr) == 0:
+    ONLY_MARKED: tl.constexpr = MODE != FILL
+    ACC: tl.constexpr = tl.float64 if ONLY_MARKED else tl.float32
+    if ONLY_MARKED:  # noqa: SIM102  one condition is Triton's, the other is evaluated on the device
+        if tl.load(any_out_of_range_ptr) == 0:
             return
     num_m = tl.cdiv(num_rows, BLOCK_M)
     num_n = tl.cdiv(vocab, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, NUM_PROGRAMS):
-        # Groups of row tiles share a tile of the head while it is in the L2 cache.
-        group = tile // (GROUP_M * num_n)
-        height = tl.minimum(num_m - group * GROUP_M, GROUP_M)
-        tile_m = group * GROUP_M + (tile % (GROUP_M * num_n)) % height
-        tile_n = (tile % (GROUP_M * num_n)) // height
+        tile_m, tile_n = _place(tile, num_m, num_n, GROUP_M)
         rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         live = rows < num_rows
         depth = dim
-        if ONLY_LOST:
-            live = live & (tl.load(lost_ptr + rows, mask=live, other=0) != 0)
-            # A tile without such rows makes no product; its results are read by nobody.
+        if ONLY_MARKED:
+            live = live & (tl.load(out_of_range_ptr + rows, mask=live, other=0) != 0)
+            # A tile without such rows makes no product; its results are not read.
             depth = tl.where(tl.max(live.to(tl.int32), 0) > 0, dim, 0)
-        ACC: tl.constexpr = tl.float64 if ONLY_LOST else tl.float32
-        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        if TMA:
-            for k in range(0, depth, BLOCK_K):
-                h = hidden_desc.load([tile_m * BLOCK_M, k])
-                w = weight_desc.load([tile_n * BLOCK_N, k])
-                acc = tl.dot(h, w.T, acc)
-        else:
-            # Rows over the end read the last one: cheaper than a mask, and their results are masked.
-            h_rows = hidden_ptr + tl.minimum(rows, num_rows - 1).to(tl.int64)[:, None] * dim
-            w_rows = weight_ptr + tl.minimum(columns, vocab - 1).to(tl.int64)[None, :] * dim
-            for k in range(0, depth, BLOCK_K):
-                depths = k + tl.arange(0, BLOCK_K)
-                h = tl.load(h_rows + depths[None, :], mask=depths[None, :] < dim, other=0.0)
-                w = tl.load(w_rows + depths[:, None], mask=depths[:, None] < dim, other=0.0)
-                acc = _add_product(acc, h, w)
+        acc = _product(
+            hidden_desc, weight_desc, hidden_ptr, weight_ptr, rows, columns, tile_m * BLOCK_M, tile_n * BLOCK_N,
+            num_rows, vocab, dim, depth, ACC, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         # The epilogue takes one half of the columns at a time: half the registers.
         halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         partial = tl.full((BLOCK_M,), float("-inf") if MODE == PEAK else 0.0, tl.float32)
@@ -228,13 +255,12 @@ def fused_kernel(
                 e = tl.where(counts, tl.exp2(distance * LOG2E), 0.0)
                 partial += tl.sum(e, 1)
                 if STATS:
-                    square += tl.sum(e * e, 1)
-                    energy += tl.sum(tl.where(e > 0, e * distance, 0.0), 1)
-                    shifted += tl.sum(tl.where(inside[None, :], distance, 0.0), 1)
-                    peak = tl.maximum(peak, tl.max(tl.where(counts, distance, float("-inf")), 1))
+                    square, energy, shifted, peak = _add_stats(
+                        square, energy, shifted, peak, e, distance, counts, inside[None, :], 1
+                    )
                 if e_ptr is not None:
                     e = (e * slope).to(tl.float32).to(e_ptr.dtype.element_ty)
-                    if TMA and not ONLY_LOST:
+                    if TMA and not ONLY_MARKED:
                         e_desc.store([tile_m * BLOCK_M, tile_n * BLOCK_N + half * (BLOCK_N // 2)], e)
                     else:
                         out = e_ptr + rows.to(tl.int64)[:, None] * e_stride + columns[None, :]
@@ -261,13 +287,13 @@ def scale_rows_kernel(x_ptr, factor_ptr, out_ptr, width, x_stride, out_stride, B
         tl.store(out, (x * factor).to(out_ptr.dtype.element_ty), mask=offsets < width)
 
 
-def fused_choices(hidden: Tensor, *, rich: bool, stats: bool) -> dict[str, dict[str, Any]]:
+def fused_choices(hidden: Tensor, *, has_epilogue: bool, stats: bool) -> dict[str, dict[str, Any]]:
     """By name: blocks, launch options, path and grid that the fused kernel may fill with on this device; see FUSED."""
     capability = _capability(hidden)
     tma = capability in TMA_CAPABILITIES and hidden.shape[1] % 8 == 0
     known = max(key for key, _ in FUSED if key <= capability) if tma else 80
     common = {**FP_FUSION, "NUM_PROGRAMS": _num_programs(hidden), "TMA": tma}
-    choices = [FUSED_STATS] if stats else FUSED[known, "rich" if rich else "plain"]
+    choices = [FUSED_STATS] if stats else FUSED[known, "epilogue" if has_epilogue else "plain"]
     return {_name(blocks): {**blocks, **common} for blocks in choices}
 
 
@@ -286,7 +312,7 @@ def _capability(hidden: Tensor) -> int:
 
 
 def _num_programs(hidden: Tensor) -> int:
-    """One persistent program a multiprocessor; a few where there are none (in the interpreter)."""
+    """One persistent program a multiprocessor; a few in the interpreter."""
     if not hidden.is_cuda:
         return 3
     return torch.cuda.get_device_properties(hidden.device).multi_processor_count
@@ -320,7 +346,7 @@ def fused(
     anchor: Tensor,
     e: Tensor | None,
     *,
-    lost: Tensor | None = None,
+    out_of_range: Tensor | None = None,
     stats: bool = False,
     choice: str | None = None,
 ) -> Tensor:
@@ -332,29 +358,27 @@ def fused(
         hidden: (N, D), contiguous.
         target, anchor: (N,).
         e: (N, V) to write exponentials to, its rows 16 bytes aligned; or None.
-        lost: (N,) int32, not 0 for PEAK's and REDO's rows.
+        out_of_range: (N,) int32, not 0 for PEAK's and REDO's rows.
         stats: also make the partial results of `StatsSums`.
         choice: FILL's blocks, a name in `fused_choices`; None takes the first.
     """
     (num_rows, dim), vocab = hidden.shape, head.weight.shape[0]
-    rich = head.bias is not None or head.softcap is not None
     options = {**FUSED_REDO, **FP_FUSION, "NUM_PROGRAMS": _num_programs(hidden), "TMA": False}
     if mode.value == FILL.value:
-        choices = fused_choices(hidden, rich=rich, stats=stats)
+        choices = fused_choices(hidden, has_epilogue=head.has_epilogue, stats=stats)
         options = choices[choice or next(iter(choices))]
     block_m, block_n, block_k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     planes, tiles = 5 if stats else 1, triton.cdiv(vocab, block_n)
     partial = torch.empty(planes, tiles, num_rows, dtype=torch.float32, device=hidden.device)
-    any_lost = None if lost is None else lost.amax()
+    any_out_of_range = None if out_of_range is None else out_of_range.amax()
     descriptors = [None, None, None]
     if options["TMA"]:
         blocks = (hidden, [block_m, block_k]), (head.weight, [block_n, block_k]), (e, [block_m, block_n // 2])
         descriptors = [None if x is None else TensorDescriptor.from_tensor(x, block) for x, block in blocks]
     fused_kernel[(options["NUM_PROGRAMS"],)](
-        *descriptors, hidden, head.weight, e, head.bias, anchor, target, lost, any_lost, partial, num_rows, vocab, dim,
-        0 if e is None else e.stride(0), *_factors(head), MODE=mode, STATS=stats, HAS_BIAS=head.bias is not None,
-        HAS_CAP=head.softcap is not None,
-        GROUP_M=8, **options,
+        *descriptors, hidden, head.weight, e, head.bias, anchor, target, out_of_range, any_out_of_range, partial,
+        num_rows, vocab, dim, 0 if e is None else e.stride(0), *_factors(head), MODE=mode, STATS=stats,
+        HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None, GROUP_M=8, **options,
     )  # fmt: skip
     return partial
 

@@ -10,37 +10,25 @@ the bottom right), with a sliding window of W also j > p - W:
 
 An answer of A tokens after a prompt of P pays A (P + A) score entries, and the prompt pays P² once for all answers.
 
-The ways. On a GPU in half precision one call for all segments:
+On a GPU in half precision one call computes all segments; everywhere else, and in fp32 on a GPU, there is one
+scaled-dot-product call per segment. attention_backends.py has the backends and what each of them can do.
 
-    flash_attn_3   the flash-attn 3 package, on Hopper, if it is installed
-    varlen         flash attention as PyTorch ships it; lacks caps
-    flash_attn     the flash-attn 2 package, if it is installed: for caps
-    flex           FlexAttention: for sinks, which the others lack, and for caps where no package is installed
-
-Everywhere else, and in fp32 on a GPU, one scaled-dot-product call per segment. `_WAYS` has what each of them can do.
-
-PyTorch's own kernels add up dQ in whatever order their blocks end, unless they are told otherwise. A layout that is
-`deterministic` tells them, for the backward of attention alone: two runs then give the same bits. The packages are
-always told; FlexAttention has a fixed order of its own.
+With a `deterministic` layout two runs give the same bits: PyTorch's kernels are then told to add up dQ in a fixed order
+(deterministic_backward.py), the flash-attn packages always are, and FlexAttention's order is fixed.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import Node
 
+from dpo_fast.kernels.attention_backends import AttentionOptions, choose_attention
+from dpo_fast.kernels.deterministic_backward import leave_determinism
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
-
-Way = Literal["auto", "flash_attn_3", "varlen", "flash_attn", "flex", "segments"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class PrefixLayout:
         query_lengths, key_lengths: M lengths, one a segment.
         kv_index: (K,) rows that form the keys, and the way back.
         cu_seqlens_q, cu_seqlens_k: (M + 1,) int32 bounds on the device of `kv_index`.
-        deterministic: whether the backward adds in a fixed order on a GPU, too.
+        deterministic: whether the backward adds in a fixed order on a GPU as well.
         masks, block_masks: made when first needed, shared by all layers; FlexAttention's by window.
     """
 
@@ -66,7 +54,7 @@ class PrefixLayout:
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        """What a variable-length call wants to know: both bounds, and the longest of both."""
+        """Arguments of a variable-length call: both bounds, and the longest segment by each."""
         return self.cu_seqlens_q, self.cu_seqlens_k, max(self.query_lengths), max(self.key_lengths)
 
     def mask(self, num_queries: int, num_keys: int, window: int | None) -> Tensor:
@@ -91,7 +79,7 @@ def prefix_layout(
 
     `num_rows` counts rows of padding after the last segment as well; None is none. `deterministic`: see `PrefixLayout`.
     """
-    _leave_determinism()  # of a backward that ended by an exception, and whose end was never told
+    leave_determinism()  # after a backward that raised, whose hook never ran
     device = kv_index.device
     return PrefixLayout(
         cu_seqlens_q.diff().tolist(),
@@ -146,7 +134,7 @@ def prefix_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    way: Way = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """Attention of all segments of a pack.
 
@@ -158,191 +146,18 @@ def prefix_attention(
         window: sliding window W, the query's own token included; None for none.
         softcap: of the scores; None for none.
         sinks: (H,) logits of the heads' sinks; None for none.
-        way: "flash_attn_3", "flash_attn" (those packages; CUDA, half precision, no sinks), "varlen" (CUDA, half
-            precision, no softcap, no sinks), "flex" (CUDA), "segments" (everywhere), or "auto": the fastest that can.
+        backend: a name in attention_backends.py, or "auto" for the fastest one that is usable.
 
     Returns:
         (1, H, T, d) in the dtype of `query`; rows after the last segment, which are padding, are 0.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot compute one of the options.
     """
-    if way == "auto":
-        way = _best_way(query, softcap, sinks)
+    options = AttentionOptions(scale, window, softcap, sinks)
+    attention = choose_attention(backend, query, options)
     num_rows, num_queries = query.shape[2], sum(layout.query_lengths)
-    if num_queries < num_rows:
-        query = query[:, :, :num_queries]
-        out = prefix_attention(
-            query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks, way=way
-        )
-        return F.pad(out, (0, 0, 0, num_rows - num_queries))
-    if way != "segments":
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        q, k, v = q.contiguous(), gather_rows(k, layout.kv_index), gather_rows(v, layout.kv_index)
-        out = _WAYS[way](q, k, v, layout, scale, window, softcap, sinks)
-        return out.transpose(0, 1)[None]
-    keys, values = (gather_rows(x[0].transpose(0, 1), layout.kv_index).transpose(0, 1)[None] for x in (key, value))
-    outputs = [
-        _segment(q, k, v, layout, scale, window, softcap, sinks)
-        for q, k, v in zip(
-            query.split(layout.query_lengths, dim=2),
-            keys.split(layout.key_lengths, dim=2),
-            values.split(layout.key_lengths, dim=2),
-            strict=True,
-        )
-    ]
-    return torch.cat(outputs, dim=2)
-
-
-def _best_way(query: Tensor, softcap: float | None, sinks: Tensor | None) -> Way:
-    dim = query.shape[-1]
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or dim > 256:
-        return "segments"
-    if sinks is None:
-        if find_spec("flash_attn_interface") and torch.cuda.get_device_capability(query.device)[0] == 9:
-            return "flash_attn_3"
-        if softcap is None:
-            return "varlen"
-        if find_spec("flash_attn"):
-            return "flash_attn"
-    return "flex" if dim >= 16 else "segments"
-
-
-def _window_size(window: int | None) -> tuple[int, int]:
-    """Flash attention counts the tokens to the left, ours the token itself as well."""
-    return (-1 if window is None else window - 1, 0)
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, window: int | None, *unsupported: Any
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict[str, Any] = {"scale": scale, "window_size": _window_size(window)}
-    if q.shape[1] != k.shape[1] and _has_parameter(varlen_attn, "enable_gqa"):
-        options["enable_gqa"] = True
-    out = varlen_attn(*(q, k, v, *layout.bounds), **options)
-    assert isinstance(out, Tensor)
-    return _in_fixed_order(out) if layout.deterministic else out
-
-
-@cache
-def _has_parameter(function: Callable[..., Any], name: str) -> bool:
-    """torch 2.11's `varlen_attn` takes fewer key heads unasked and has no keyword for it; 2.12 wants to be asked."""
-    return name in inspect.signature(function).parameters
-
-
-def _in_fixed_order(out: Tensor) -> Tensor:
-    """Run the backward of the attention kernel that made `out` under deterministic algorithms, and nothing else."""
-    node = out.grad_fn if out.is_cuda else None
-    # Without such a kernel attention is plain products, whose order is fixed, and which cuBLAS would refuse there.
-    if node is not None and "att" in node.name().lower():
-        _run_deterministically(node)
-    return out
-
-
-def _run_deterministically(node: Node) -> None:
-    node.register_prehook(_enter_determinism)
-    node.register_hook(_leave_determinism)
-
-
-# How PyTorch was set before the backward of attention that runs now; empty while none does.
-_set_before: list[tuple[int, bool]] = []
-
-
-def _enter_determinism(*_: object) -> None:
-    settings: Any = torch.utils.deterministic
-    if not _set_before:
-        _set_before.append((torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory))
-    # A warning alone would leave the order as it is; and what the kernels write need not be filled beforehand.
-    torch.set_deterministic_debug_mode("error")
-    settings.fill_uninitialized_memory = False
-
-
-def _leave_determinism(*_: object) -> None:
-    settings: Any = torch.utils.deterministic
-    if _set_before:
-        mode, settings.fill_uninitialized_memory = _set_before.pop()
-        torch.set_deterministic_debug_mode(mode)
-
-
-def _flash_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PrefixLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    *unsupported: Any,
-    package: str = "flash_attn",
-) -> Tensor:
-    """Versions 2 and 3, whose arguments have the same names."""
-    if package == "flash_attn":
-        from flash_attn import flash_attn_varlen_func
-    else:
-        from flash_attn_interface import flash_attn_varlen_func
-
-    out = flash_attn_varlen_func(
-        *(q, k, v, *layout.bounds),
-        softmax_scale=scale,
-        causal=True,
-        window_size=_window_size(window),
-        softcap=softcap or 0.0,
-        deterministic=True,
-    )
-    # Early releases of version 3 return the logsumexp as well.
-    out = out[0] if isinstance(out, tuple) else out
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-    from dpo_fast.kernels.prefix_attention_flex import flex
-
-    return flex(q, k, v, *options)
-
-
-# Each takes (T, H, d) queries, (K, H_kv, d) gathered keys and values, the layout, scale, window, softcap and sinks, and
-# returns (T, H, d).
-_WAYS: dict[str, Callable[..., Tensor]] = {
-    "flash_attn_3": partial(_flash_attn, package="flash_attn_interface"),
-    "varlen": _varlen,
-    "flash_attn": _flash_attn,
-    "flex": _flex,
-}
-
-
-def _segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PrefixLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if window is not None:
-        # Keys that no query of the segment sees are left out, so that long prompts cost what the window costs.
-        seen = min(num_keys, num_queries + window - 1)
-        key, value, num_keys = key[:, :, num_keys - seen :], value[:, :, num_keys - seen :], seen
-        window = window if window < num_keys else None
-    is_causal = num_queries == num_keys and window is None
-    grouped = query.shape[1] != key.shape[1]
-    if softcap is None and sinks is None:
-        mask = None if is_causal else layout.mask(num_queries, num_keys, window)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
-        )
-        return _in_fixed_order(out) if layout.deterministic else out
-    heads, kv_heads = query.shape[1], key.shape[1]
-    q = query.reshape(1, kv_heads, heads // kv_heads, num_queries, -1)
-    scores = scale * (q @ key[:, :, None].transpose(-1, -2))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~layout.mask(num_queries, num_keys, window), -torch.inf)
-    if sinks is not None:
-        sink = sinks.to(scores.dtype).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], -1)
-    weights = scores.softmax(-1)[..., :num_keys].to(value.dtype)
-    return (weights @ value[:, :, None]).reshape(query.shape)
+    q, k, v = (x[0].transpose(0, 1) for x in (query[:, :, :num_queries], key, value))
+    k, v = gather_rows(k, layout.kv_index), gather_rows(v, layout.kv_index)
+    out = attention.run(q, k, v, layout, options).transpose(0, 1)[None]
+    return F.pad(out, (0, 0, 0, num_rows - num_queries)) if num_queries < num_rows else out

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 if TYPE_CHECKING:
+    from dpo_fast.kernels.attention_backends import AttentionOptions
     from dpo_fast.kernels.prefix_attention import PrefixLayout
 
 BLOCK = 128
@@ -36,7 +37,7 @@ def key_ranges(query_lengths: list[int], key_lengths: list[int], window: int | N
 
 
 def block_mask(layout: PrefixLayout, window: int | None) -> BlockMask:
-    """The mask of a pack; made once for all layers that have this window."""
+    """The mask of a pack, shared by all layers with this window."""
     if window not in layout.block_masks:
         layout.block_masks[window] = _make_block_mask(layout, window)
     return layout.block_masks[window]
@@ -72,35 +73,28 @@ def _capping(caps: Tensor) -> Callable[..., Tensor]:
 
 @cache
 def _compiled() -> Any:
-    """Without a compiler FlexAttention makes all scores, which no GPU has room for."""
+    """Uncompiled, FlexAttention materializes all scores, which no GPU has room for."""
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PrefixLayout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, options: AttentionOptions) -> Tensor:
     """(T, H, d) queries, (K, H_kv, d) gathered keys and values -> (T, H, d)."""
     attend = _compiled() if q.is_cuda else flex_attention
     score_dtype = torch.promote_types(q.dtype, torch.float32)
-    caps = None if softcap is None else torch.full((q.shape[1],), softcap, dtype=score_dtype, device=q.device)
-    options: dict[str, Any] = {
+    caps = None
+    if options.softcap is not None:
+        caps = torch.full((q.shape[1],), options.softcap, dtype=score_dtype, device=q.device)
+    arguments: dict[str, Any] = {
         "score_mod": None if caps is None else _capping(caps),
-        "block_mask": block_mask(layout, window),
-        "scale": scale,
+        "block_mask": block_mask(layout, options.window),
+        "scale": options.scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
-    if sinks is None:
-        out = attend(query, key, value, **options)
+    if options.sinks is None:
+        out = attend(query, key, value, **arguments)
     else:
-        out, aux = attend(query, key, value, **options, return_aux=AuxRequest(lse=True))
-        share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[:, None])
+        out, aux = attend(query, key, value, **arguments, return_aux=AuxRequest(lse=True))
+        share = torch.sigmoid(aux.lse - options.sinks.to(aux.lse.dtype)[:, None])
         out = out * share[..., None].to(out.dtype)
     return out[0].transpose(0, 1)

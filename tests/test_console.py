@@ -18,6 +18,13 @@ def test_figures_are_trls_by_short_names():
     assert format_metrics({}) == ""
 
 
+@pytest.mark.parametrize(
+    ("strict", "ties", "shown"), [(0.0, 1.0, "0.50 (all ties)"), (0.6, 0.25, "0.72 (25% ties)"), (0.6, 0.0, "0.60 ")]
+)
+def test_a_tie_counts_half(strict, ties, shown):
+    assert f"accuracy {shown}" in format_metrics(FIGURES | {"rewards/accuracies": strict, "rewards/ties": ties})
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_terminal_has_a_bar_and_a_file_has_lines(is_terminal):
     out = io.StringIO()

@@ -138,6 +138,6 @@ def test_varlen_attention_is_called_as_installed(kv_heads, window, monkeypatch):
     batch = pack(random_groups(4, num_answers=3))
     layout = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index)
     query, key, value = (torch.randn(1, heads, batch.num_tokens, 8).double() for heads in (8, kv_heads, kv_heads))
-    got = prefix_attention(query, key, value, layout, scale=0.3, window=window, way="varlen")
+    got = prefix_attention(query, key, value, layout, scale=0.3, window=window, backend="varlen")
     torch.testing.assert_close(got, prefix_attention_ref(query, key, value, layout, scale=0.3, window=window))
     spy.assert_called_once()

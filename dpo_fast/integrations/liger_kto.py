@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from dpo_fast.integrations.liger import FusedHead, logit_sums, whole_head
-from dpo_fast.kernels.backends import Backend
+from dpo_fast.integrations.liger_base import FusedHead, logit_sums, whole_head
+from dpo_fast.kernels.head import HeadKeywords, HeadOptions
 from dpo_fast.losses.formulas import kto_term
 
 
@@ -24,12 +26,16 @@ class FusedLinearKTOLoss(FusedHead):
         use_ref_model: bool = False,
         average_log_prob: bool = False,
         chunk_size: int = 1,
-        *,
-        memory_budget: int = 2 * 2**30,
-        backend: Backend = "auto",
+        **head: Unpack[HeadKeywords],
     ) -> None:
         """Arguments as in `FusedLinearDPOLoss`."""
-        super().__init__(ignore_index, average_log_prob=average_log_prob, memory_budget=memory_budget, backend=backend)
+        super().__init__(
+            ignore_index,
+            average_log_prob=average_log_prob,
+            compiled=compiled,
+            chunk_size=chunk_size,
+            head=HeadOptions(**head),
+        )
         self.beta = beta
         self.use_ref_model = use_ref_model
 

@@ -4,16 +4,18 @@
 
 takes the constructor and the `DPOConfig` of TRL 1.16 and keeps transformers' loop, callbacks, checkpoints and logs,
 with TRL's names. A micro-batch is one pack with each prompt once; the reference is read from the store and not kept as
-a model (but with `sync_ref_model`, whose reference moves). What cannot be done here raises and names the option;
-docs/drop_in.md goes through all of them.
+a model, except for `sync_ref_model`, whose reference moves, and for streams, whose rows are scored as they come. An
+unsupported option raises by name; docs/drop_in.md goes through all of them.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.data_loader import get_sampler
-from datasets import Dataset
+from datasets import IterableDataset
 from rich.console import Console
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures, num_unshared_tokens
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
@@ -67,13 +69,13 @@ class PackCollator:
     max_length: int | None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """`packed_batch`; and `input_ids` (1, T), by which transformers counts tokens."""
+        """`packed_batch`; transformers counts pairs by `rows` (P,) and tokens by `input_ids` (1, T)."""
         groups = [group_of(example, row, self.max_length) for row, example in enumerate(examples)]
         batch = pack(groups)
         if all(name in examples[0] for name in REFERENCE_COLUMNS):
             answers = [tuple(np.array(example[name], np.float32) for name in REFERENCE_COLUMNS) for example in examples]
             batch = replace(batch, ref_logps=StoredScores(groups, answers).score(batch))
-        return {"packed_batch": batch, "input_ids": batch.input_ids[None]}
+        return {"rows": torch.arange(len(groups)), "packed_batch": batch, "input_ids": batch.input_ids[None]}
 
 
 class DPOTrainer(TRLTrainer):
@@ -120,6 +122,7 @@ class DPOTrainer(TRLTrainer):
         self._fingerprint: str | None = None
         self._policy: Policy | None = None
         self._moving_reference: Policy | None = None
+        self._kept_reference: Policy | None = None
         self._num_tokens = 0
         self._figures = {"train": FigureWindow(), "eval": FigureWindow()}
         super().__init__(args=with_stored_reference(args), **given)
@@ -132,7 +135,8 @@ class DPOTrainer(TRLTrainer):
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         bf16 = bool(self.args.bf16) and base.dtype is not torch.bfloat16
         device = self.accelerator.device
-        return Policy(base.to(device).eval(), device=device, bf16=bf16, router_loss_coef=0.0)
+        shares_prompts = self._policy is None or self._policy.shares_prompts
+        return Policy(base.to(device).eval(), device, bf16=bf16, shares_prompts=shares_prompts, router_loss_coef=0.0)
 
     def _prepare_policy(self) -> Policy:
         """The model as a `Policy`, checked once on a row; its forward then takes packs, so that wrappers see it run."""
@@ -159,10 +163,10 @@ class DPOTrainer(TRLTrainer):
         return policy
 
     def _checked_groups(self, policy: Policy) -> list[Group]:
-        """The first rows; all of them where a window may cut the long ones."""
-        num_rows = len(self.train_dataset)
-        rows = range(num_rows if attention_windows(policy.model) else min(8, num_rows))
-        return [group_of(self.train_dataset[row], row, self.args.max_length) for row in rows]
+        """The first rows; all of them, 64 of a stream, if a window may cut the long ones."""
+        whole = 64 if isinstance(self.train_dataset, IterableDataset) else None
+        some = islice(self.train_dataset, whole if attention_windows(policy.model) else 8)
+        return [group_of(example, row, self.args.max_length) for row, example in enumerate(some)]
 
     def get_train_dataloader(self) -> Any:
         """Transformers', with the rows of a step dealt to the processes so that their packs cost alike."""
@@ -180,25 +184,42 @@ class DPOTrainer(TRLTrainer):
         )
         return loader
 
-    def _packs(self) -> AbstractContextManager[None]:
-        """The models read packs inside, and plain batches (generation, say) outside."""
-        policies = [policy for policy in (self._policy, self._moving_reference) if policy and policy.shares_prompts]
-        return packed_attention(*(policy.model for policy in policies))
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `Trainer.train`."""
-        with self._packs():
+        with reading_packs(self._policy, self._moving_reference, self._kept_reference):
             return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's."""
-        with self._packs():
-            return super().evaluate(*args, **kwargs)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As TRL's; and for new rows after training as well, if their reference is stored or can be loaded again.
+
+        Raises:
+            ValueError: new rows need the reference, whose weights are gone.
+        """
+        if isinstance(eval_dataset, dict):
+            parts = (
+                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items()
+            )
+            return {key: value for part in parts for key, value in part.items()}
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            tokenizer: Any = self.processing_class
+            eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, self.args, "eval")
+            if self._moving_reference is None:
+                batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+                eval_dataset = self._precompute_ref_logps(eval_dataset, "eval", batch_size)
+        with reading_packs(self._policy, self._moving_reference, self._kept_reference):
+            # TRL's own refuses new rows after training without looking for their reference.
+            return super(TRLTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """Add per-token reference log-probs to a tokenized dataset, from the store where it has them."""
-        if not isinstance(dataset, Dataset):
-            raise NotImplementedError(f"{name} dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+        """Add per-token reference log-probs to a tokenized dataset, from the store if it has them.
+
+        A stream is returned as it is, and the reference kept as a model.
+        """
+        if isinstance(dataset, IterableDataset):
+            self._keep_reference()
+            return dataset
         groups = [group_of(example, row, self.args.max_length) for row, example in enumerate(dataset)]
         was_training = self.model.training
         with ReferenceStore(self._store) as store:
@@ -214,26 +235,81 @@ class DPOTrainer(TRLTrainer):
 
     def _score_reference(self, store: ReferenceStore, groups: list[Group], batch_size: int) -> None:
         """This process's share of what the store lacks."""
-        policy = self._prepare_policy()
-        adapter: AbstractContextManager[Any] = nullcontext()
-        if self.ref_model is not None:
-            policy = self._make_policy(self.ref_model)
-        elif hasattr(self.model, "peft_config"):
-            adapter = use_adapter(self.model, adapter_name="ref" if "ref" in self.model.peft_config else None)
+        if self._fingerprint is not None and not Reference(store, self._fingerprint).missing(groups):
+            return
         own = Ranks.current().share(len(groups))
         budget = batch_size * max(group.num_tokens for group in groups)
         packs = [
             [own[i] for i in members] for members in best_fit_decreasing([groups[i].num_tokens for i in own], budget)
         ]
         console = Console(quiet=not Ranks.current().is_writer)
-        policy.model.eval()
-        with packed_attention(*[policy.model] * policy.shares_prompts), adapter:
+        with self._reference() as policy:
             if self._fingerprint is None:
                 scored = self.model if self.ref_model is None else self.ref_model
                 self._fingerprint = model_fingerprint(scored, numerics=policy.numerics)
             fill_reference(Reference(store, self._fingerprint), policy, groups, packs, console)
-        if self.ref_model is not None:
+        if self.ref_model is not None and self._kept_reference is None:
             self.ref_model.to("cpu")  # until `evaluate` brings rows that were not scored
+
+    @contextmanager
+    def _reference(self) -> Iterator[Policy]:
+        """The reference, ready to score packs."""
+        adapter: AbstractContextManager[Any] = nullcontext()
+        if self._kept_reference is not None:
+            policy = self._kept_reference
+        elif self.ref_model is not None:
+            policy = self._make_policy(self.ref_model)
+        elif hasattr(self.model, "peft_config"):
+            policy = self._prepare_policy()
+            adapter = use_adapter(self.model, adapter_name="ref" if "ref" in self.model.peft_config else None)
+        elif self.state.global_step == 0:
+            policy = self._prepare_policy()
+        else:
+            policy = self._make_policy(self._loaded_again())
+        was_training = policy.model.training
+        policy.model.eval()
+        try:
+            with reading_packs(policy), adapter:
+                yield policy
+        finally:
+            policy.model.train(was_training)
+
+    def _keep_reference(self) -> None:
+        """Hold the reference for rows that are scored as they come; an adapter's is the model without it."""
+        if self._kept_reference is not None or (self.ref_model is None and hasattr(self.model, "peft_config")):
+            return
+        model = self.ref_model
+        if model is None:
+            model = copy.deepcopy(self.model) if self.state.global_step == 0 else self._loaded_again()
+            # Ours and TRL's stand-ins are bound to the model that was copied.
+            vars(model).pop("forward", None)
+        self._kept_reference = self._make_policy(model.requires_grad_(False))
+
+    def _loaded_again(self) -> Any:
+        """The model as it was before training.
+
+        Raises:
+            ValueError: it cannot be loaded, or its weights were others.
+        """
+        name = get_config_model_id(self.model.config)
+        cause = "the model has no name to load it by"
+        if name:
+            try:
+                settings = (self.args.model_init_kwargs or {}) | {"dtype": self.model.dtype, "device_map": None}
+                model = create_model_from_path(name, **settings)
+            except (OSError, ValueError) as error:
+                cause = f"{name} cannot be loaded: {error}"
+            else:
+                # TRL sets it on the model that it trains.
+                model.config.get_text_config().pad_token_id = self.model.config.get_text_config().pad_token_id
+                policy = self._make_policy(model)
+                if self._fingerprint in (None, model_fingerprint(model, numerics=policy.numerics)):
+                    return model
+                cause = f"{name} has other weights than training started from"
+        raise ValueError(
+            f"evaluate: these rows have no stored reference log-probs, and training has changed the model that they "
+            f"are compared with ({cause}). Pass them as eval_dataset to the trainer, or pass a ref_model"
+        )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if return_outputs:
@@ -242,6 +318,9 @@ class DPOTrainer(TRLTrainer):
         batch = inputs["packed_batch"].to(self.accelerator.device)
         if self._moving_reference is not None:
             batch = replace(batch, ref_logps=self._moving_reference.score(batch))
+        elif batch.ref_logps is None:
+            with self._reference() as reference:
+                batch = replace(batch, ref_logps=reference.score(batch))
         scored: Scored = model(packed_batch=batch)
         pairs, losses = pair_losses(batch, scored, self.loss_config)
         loss = losses.mean()
@@ -255,11 +334,16 @@ class DPOTrainer(TRLTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add TRL's figures since the last report: the one place where the loop waits for the device."""
+        """Add TRL's figures since the last report: the only place where the loop waits for the device."""
         mode = "train" if self.model.training else "eval"
-        figures = self._figures[mode].read(Ranks.current().sum, self._num_tokens)
+        figures = self._figures[mode].read(Ranks.current().sum, self._num_tokens, by_micro_batch=self.model.training)
         self._metrics[mode].update({name: [value] for name, value in figures.items()})
         super().log(logs, start_time)
+
+
+def reading_packs(*policies: Policy | None) -> AbstractContextManager[None]:
+    """The models read packs inside, and plain batches (generation, say) outside."""
+    return packed_attention(*(policy.model for policy in policies if policy and policy.shares_prompts))
 
 
 def _list_column(arrays: Sequence[np.ndarray]) -> pa.Array:

@@ -60,12 +60,15 @@ class FigureWindow:
         """Add a block of `micro_batch_figures`."""
         self._blocks.append(block)
 
-    def read(self, reduce: Callable[[Tensor], Tensor], num_tokens: int) -> dict[str, float]:
-        """Means over micro-batches, and `num_tokens` added up over all processes; empty if no block was added.
+    def read(
+        self, reduce: Callable[[Tensor], Tensor], num_tokens: int, *, by_micro_batch: bool = False
+    ) -> dict[str, float]:
+        """Means over pairs and tokens, and `num_tokens` summed over all processes; empty if no block was added.
 
         Args:
-            reduce: adds up a tensor over all processes. Here alone is the device waited for.
+            reduce: sums a tensor over all processes. This is the only wait for the device.
             num_tokens: of this process.
+            by_micro_batch: average figures of tokens within micro-batches and then over them, as TRL does in training.
         """
         if not self._blocks:
             return {}
@@ -73,7 +76,10 @@ class FigureWindow:
         self._blocks.clear()
         counted = reduce(torch.cat([blocks, blocks.new_full((len(blocks), 2, 1), num_tokens)], 2))
         sums, counts = counted.unbind(1)
-        means = (sums / counts.clamp(min=1)).mean(0)
+        means = sums.sum(0) / counts.sum(0).clamp(min=1)
+        if by_micro_batch:
+            of_tokens = slice(len(_OF_PAIRS), len(_OF_PAIRS) + len(_OF_TOKENS))
+            means[of_tokens] = (sums / counts.clamp(min=1)).mean(0)[of_tokens]
         values, are_there = torch.stack([means, counts[0]]).tolist()
         figures = {name: value for name, value, there in zip(NAMES, values, are_there, strict=False) if there}
         return figures | {"num_tokens": are_there[-1]}

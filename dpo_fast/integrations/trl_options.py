@@ -1,16 +1,17 @@
-"""What TRL's options mean here, and which are refused."""
+"""What TRL's options mean here, and which of them are refused."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from datasets import Dataset
+from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.dpo_config import DPOConfig
 
 from dpo_fast.config import LossConfig
 from dpo_fast.integrations import TRL_VERSION, is_trl_of_our_version
+from dpo_fast.losses.objective import check_loss
 
 if not is_trl_of_our_version():
     raise ImportError(f"dpo_fast.integrations.trl is written for TRL {TRL_VERSION}: pip install trl=={TRL_VERSION}.*")
@@ -25,7 +26,15 @@ def refuse_unsupported(args: DPOConfig, arguments: dict[str, Any]) -> None:
 
     Raises:
         NotImplementedError: it names the option, and says why or what to use.
+        ValueError: as TRL, for streams that are to be scored beforehand.
     """
+    if args.precompute_ref_log_probs:
+        for name in ("train_dataset", "eval_dataset"):
+            if any(isinstance(part, IterableDataset) for part in parts_of(arguments[name])):
+                raise ValueError(
+                    f"{name}: precompute_ref_log_probs=True cannot score a stream beforehand; leave it out, and rows "
+                    "are scored as they come"
+                )
     for name, reason in refusals(args, arguments).items():
         if reason:
             raise NotImplementedError(f"{name} is not supported by dpo_fast.integrations.trl.DPOTrainer: {reason}")
@@ -34,10 +43,9 @@ def refuse_unsupported(args: DPOConfig, arguments: dict[str, Any]) -> None:
 def refusals(args: DPOConfig, arguments: dict[str, Any]) -> dict[str, Any]:
     """Each option that can be refused, and why it is; something false where it is not. Arguments as there."""
     return {
-        "data_collator": arguments["data_collator"] is not None and "packs are made by a collator of their own",
+        "data_collator": arguments["data_collator"] is not None and "packs have their own collator",
         "compute_metrics": arguments["compute_metrics"] is not None and "no logits are kept to compute them from",
         "processing_class": _refused_tokenizer(arguments["processing_class"]),
-        "train_dataset": _refused_dataset(arguments["train_dataset"]),
         "peft_config": _refused_adapter(arguments["peft_config"]),
         "model": _refused_adapter(getattr(arguments["model"], "active_peft_config", None)),
         "truncation_mode": args.truncation_mode != "keep_start"
@@ -56,16 +64,15 @@ def refusals(args: DPOConfig, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def parts_of(given: Any) -> list[Any]:
+    """The datasets of an argument, which may be one, none, or several by name."""
+    return list(given.values()) if isinstance(given, dict) else [] if given is None else [given]
+
+
 def _refused_tokenizer(given: Any) -> str | None:
     if given is None or isinstance(given, PreTrainedTokenizerBase):
         return None
     return f"expected a tokenizer, got {type(given).__name__}; there are no packs of images"
-
-
-def _refused_dataset(given: Any) -> str | None:
-    if given is None or isinstance(given, Dataset):  # TRL has a message of its own for none
-        return None
-    return f"expected a datasets.Dataset, got {type(given).__name__}; a stream cannot be scored beforehand"
 
 
 def _refused_adapter(given: Any) -> str | None:
@@ -83,8 +90,12 @@ def with_stored_reference(args: DPOConfig) -> DPOConfig:
 
 
 def loss_config(args: DPOConfig) -> LossConfig:
-    """TRL's settings of the loss as ours; its `sft` is the mean over all chosen tokens of a batch."""
-    return LossConfig(
+    """TRL's settings of the loss as ours; its `sft` is the mean over all chosen tokens of a batch.
+
+    Raises:
+        ValueError: a value out of range, or an option that the losses do not read.
+    """
+    config = LossConfig(
         loss_type=["sft_tokens" if name == "sft" else name for name in args.loss_type],
         loss_weights=args.loss_weights,
         beta=args.beta,
@@ -95,3 +106,5 @@ def loss_config(args: DPOConfig) -> LossConfig:
         ld_alpha=args.ld_alpha,
         use_weighting=args.use_weighting,
     )
+    check_loss(config)
+    return config

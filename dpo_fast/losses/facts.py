@@ -21,6 +21,13 @@ def _anything(config: LossConfig) -> None:
     return None
 
 
+# Options of `LossConfig` that are read by some losses alone.
+LOSS_OPTIONS = (
+    *("label_smoothing", "discopop_tau", "dpop_lambda", "simpo_gamma", "alphapo_alpha", "tpo_alpha", "score_scale"),
+    *("desirable_weight", "undesirable_weight"),
+)
+
+
 @dataclass(frozen=True)
 class Facts:
     """The defaults hold for a loss of a pair's two log-ratios, and are taken for a function of the user's own.
@@ -34,7 +41,9 @@ class Facts:
         takes_divergence: it is made of the difference of two scores, in which the partition function of an f-divergence
             cancels.
         is_length_normalised: scores are divided by the answers' lengths.
+        pools_tokens: it averages over all tokens of a batch, not answer by answer.
         reads_chosen_alone: the rejected answer does not enter.
+        options: those of `LossConfig` that it reads, besides `beta` and the divergence's.
         slope: by how much it may move, at most, for a move of 1 in beta Δ around the reference.
         fault: what is wrong with a configuration, or None.
     """
@@ -46,7 +55,9 @@ class Facts:
     sorts_pairs: bool = False
     takes_divergence: bool = False
     is_length_normalised: bool = False
+    pools_tokens: bool = False
     reads_chosen_alone: bool = False
+    options: tuple[str, ...] = ()
     slope: Callable[[LossConfig], float] = _one
     fault: Callable[[LossConfig], str | None] = _anything
 

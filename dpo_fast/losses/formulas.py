@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_fast.config import LossConfig
 from dpo_fast.errors import UserError
 from dpo_fast.losses.facts import Facts, loss
-from dpo_fast.losses.pairs import PairLogps, margin, mean_margin
+from dpo_fast.losses.pairs import PairLogps, divergence_margin, expm1, mean_divergence_margin
 
 
 def _slope_of_square(config: LossConfig) -> float:
@@ -39,8 +39,8 @@ def _needs_smoothing(config: LossConfig) -> str | None:
 
 @loss(Facts(takes_divergence=True))
 def sigmoid(pairs: PairLogps, config: LossConfig) -> Tensor:
-    """-log sigmoid(beta Δ). DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. No label smoothing: see `cdpo`."""
-    return -F.logsigmoid(config.beta * margin(pairs, config))
+    """-log sigmoid(beta Δ). DPO, Rafailov et al. 2023 (arXiv 2305.18290), eq. 7. With label smoothing: `cdpo`."""
+    return -F.logsigmoid(config.beta * divergence_margin(pairs, config))
 
 
 def _smoothed(logits: Tensor, config: LossConfig) -> Tensor:
@@ -48,22 +48,22 @@ def _smoothed(logits: Tensor, config: LossConfig) -> Tensor:
     return -(1 - config.label_smoothing) * F.logsigmoid(logits) - config.label_smoothing * F.logsigmoid(-logits)
 
 
-@loss(Facts(takes_divergence=True))
+@loss(Facts(takes_divergence=True, options=("label_smoothing",)))
 def cdpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-(1 - ε) log sigmoid(beta Δ) - ε log sigmoid(-beta Δ), ε = `label_smoothing`.
 
     Conservative DPO, Mitchell 2023 ("A note on DPO with noisy preferences", eq. 3).
     """
-    return _smoothed(config.beta * margin(pairs, config), config)
+    return _smoothed(config.beta * divergence_margin(pairs, config), config)
 
 
-@loss(Facts(takes_divergence=True, fault=_needs_smoothing_below_half))
+@loss(Facts(takes_divergence=True, fault=_needs_smoothing_below_half, options=("label_smoothing",)))
 def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
     """[-(1 - ε) log sigmoid(beta Δ) + ε log sigmoid(-beta Δ)] / (1 - 2ε), ε = `label_smoothing` below 1/2.
 
     rDPO, unbiased where a share ε of the labels is flipped. Chowdhury et al. 2024 (arXiv 2403.00409), eq. 8.
     """
-    logits, smoothing = config.beta * margin(pairs, config), config.label_smoothing
+    logits, smoothing = config.beta * divergence_margin(pairs, config), config.label_smoothing
     noisy = -(1 - smoothing) * F.logsigmoid(logits) + smoothing * F.logsigmoid(-logits)
     return noisy / (1 - 2 * smoothing)
 
@@ -71,7 +71,7 @@ def robust(pairs: PairLogps, config: LossConfig) -> Tensor:
 @loss(Facts(takes_divergence=True))
 def hinge(pairs: PairLogps, config: LossConfig) -> Tensor:
     """max(0, 1 - beta Δ). RSO, Liu et al. 2023 (arXiv 2309.06657), section 3.3."""
-    return F.relu(1 - config.beta * margin(pairs, config))
+    return F.relu(1 - config.beta * divergence_margin(pairs, config))
 
 
 @loss(Facts(takes_divergence=True, is_length_normalised=True, slope=_slope_of_square))
@@ -81,28 +81,28 @@ def ipo(pairs: PairLogps, config: LossConfig) -> Tensor:
     IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17; beta is the paper's τ. Lengths: the mean over tokens is TRL's
     convention; `ipo_sum` is the paper's.
     """
-    return (mean_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
+    return (mean_divergence_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
 
 
 @loss(Facts(takes_divergence=True, slope=_slope_of_square))
 def ipo_sum(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(Δ - 1/(2 beta))². IPO, Azar et al. 2023 (arXiv 2310.12036), eq. 17 to the letter: sums over tokens."""
-    return (margin(pairs, config) - 1 / (2 * config.beta)) ** 2
+    return (divergence_margin(pairs, config) - 1 / (2 * config.beta)) ** 2
 
 
 @loss(Facts(takes_divergence=True, is_length_normalised=True))
 def sigmoid_norm(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ̄), Δ̄ as in `ipo`: length-normalised DPO, Tulu 3 (arXiv 2411.15124), section 5. Lengths."""
-    return -F.logsigmoid(config.beta * mean_margin(pairs, config))
+    return -F.logsigmoid(config.beta * mean_divergence_margin(pairs, config))
 
 
-@loss(Facts(takes_divergence=True, fault=_needs_smoothing))
+@loss(Facts(takes_divergence=True, fault=_needs_smoothing, options=("label_smoothing",)))
 def exo_pair(pairs: PairLogps, config: LossConfig) -> Tensor:
     """KL(q || p), q = (sigmoid(beta Δ), sigmoid(-beta Δ)), p = (1 - ε, ε), ε = `label_smoothing` above 0.
 
     EXO, Ji et al. 2024 (arXiv 2402.00856), eq. 16.
     """
-    logits, smoothing = config.beta * margin(pairs, config), config.label_smoothing
+    logits, smoothing = config.beta * divergence_margin(pairs, config), config.label_smoothing
     chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-smoothing))
     return chosen + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
 
@@ -163,43 +163,44 @@ def apo_down(pairs: PairLogps, config: LossConfig) -> Tensor:
     return torch.sigmoid(config.beta * pairs.chosen_logratio) + torch.sigmoid(-config.beta * pairs.margin)
 
 
-@loss(Facts(takes_divergence=True))
+@loss(Facts(takes_divergence=True, options=("discopop_tau",)))
 def discopop(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(1 - m) log(1 + e^-x) + m e^-x, x = beta Δ, m = sigmoid(x / `discopop_tau`).
 
     DiscoPOP's log-ratio modulated loss, Lu et al. 2024 (arXiv 2406.08414), eq. 5.
     """
-    logits = config.beta * margin(pairs, config)
-    modulation = torch.sigmoid(logits / config.discopop_tau)
-    return -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
+    logits = config.beta * divergence_margin(pairs, config)
+    modulated = logits / config.discopop_tau
+    # m e^-x as one exponential: far from the reference its factors are 0 and infinity.
+    return -F.logsigmoid(logits) * torch.sigmoid(-modulated) + torch.exp(F.logsigmoid(modulated) - logits)
 
 
-@loss(Facts(takes_divergence=True, slope=lambda config: config.dpop_lambda))
+@loss(Facts(takes_divergence=True, slope=lambda config: config.dpop_lambda, options=("dpop_lambda",)))
 def dpop(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta (Δ - λ max(0, -r_w))), λ = `dpop_lambda`: DPO that keeps the chosen from falling.
 
     DPO-Positive, Pal et al. 2024 (arXiv 2402.13228), eq. 3.
     """
     penalty = config.dpop_lambda * F.relu(-pairs.chosen_logratio)
-    return -F.logsigmoid(config.beta * (margin(pairs, config) - penalty))
+    return -F.logsigmoid(config.beta * (divergence_margin(pairs, config) - penalty))
 
 
-@loss(Facts(needs_scores=True, takes_divergence=True))
+@loss(Facts(needs_scores=True, takes_divergence=True, options=("score_scale",)))
 def odpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta Δ - η g), g the row's score gap, η = `score_scale`: better answers must win by more.
 
     DPO with an offset, Amini et al. 2024 (arXiv 2402.10571), eq. 8. Scores.
     """
-    return -F.logsigmoid(config.beta * margin(pairs, config) - config.score_scale * _score_gap(pairs))
+    return -F.logsigmoid(config.beta * divergence_margin(pairs, config) - config.score_scale * _score_gap(pairs))
 
 
-@loss(Facts(needs_scores=True, takes_divergence=True))
+@loss(Facts(needs_scores=True, takes_divergence=True, options=("score_scale",)))
 def rpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """KL(Bernoulli(sigmoid(η g)) || Bernoulli(sigmoid(beta Δ))), g the row's score gap, η = `score_scale`.
 
     Reward-aware preference optimization, Nemotron-4 340B (arXiv 2406.11704), section 3.3.2. Scores.
     """
-    got, true = config.beta * margin(pairs, config), config.score_scale * _score_gap(pairs)
+    got, true = config.beta * divergence_margin(pairs, config), config.score_scale * _score_gap(pairs)
     won = torch.sigmoid(true) * (F.logsigmoid(true) - F.logsigmoid(got))
     return won + torch.sigmoid(-true) * (F.logsigmoid(-true) - F.logsigmoid(-got))
 
@@ -213,7 +214,7 @@ def _score_gap(pairs: PairLogps) -> Tensor:
     return pairs.score_gap
 
 
-@loss(Facts(compares_pairs=True, sorts_pairs=True))
+@loss(Facts(compares_pairs=True, sorts_pairs=True, options=("label_smoothing",)))
 def aot(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on δ_k = sort(log pi(w) - log pi(l))_k - sort(log ref(w) - log ref(l))_k.
 
@@ -224,7 +225,7 @@ def aot(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * (policy.sort().values - reference.sort().values), config)
 
 
-@loss(Facts(compares_pairs=True, sorts_pairs=True))
+@loss(Facts(compares_pairs=True, sorts_pairs=True, options=("label_smoothing",)))
 def aot_unpaired(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on δ_k = sort(r_w)_k - sort(r_l)_k: chosen ratios dominate rejected ones as a distribution.
 
@@ -234,7 +235,7 @@ def aot_unpaired(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * delta, config)
 
 
-@loss(Facts(compares_pairs=True))
+@loss(Facts(compares_pairs=True, options=("desirable_weight", "undesirable_weight")))
 def kto(pairs: PairLogps, config: LossConfig) -> Tensor:
     """λ_D (1 - sigmoid(beta (r_w - z_l))) + λ_U (1 - sigmoid(beta (z_w - r_l))), z = max(0, mean of r over the batch).
 
@@ -263,7 +264,9 @@ def sft(pairs: PairLogps, config: LossConfig) -> Tensor:
     return -pairs.chosen_mean
 
 
-@loss(Facts(needs_reference=False, compares_pairs=True, reads_chosen_alone=True, takes_divergence=True))
+@loss(
+    Facts(needs_reference=False, compares_pairs=True, pools_tokens=True, reads_chosen_alone=True, takes_divergence=True)
+)
 def sft_tokens(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-Σ log pi(w|x) / Σ |w| over the batch, the same for each of its pairs: TRL's convention of `sft`.
 
@@ -272,7 +275,7 @@ def sft_tokens(pairs: PairLogps, config: LossConfig) -> Tensor:
     return (-pairs.chosen.sum() / pairs.chosen_len.sum().clamp(min=1)).expand_as(pairs.chosen)
 
 
-@loss(Facts(needs_reference=False))
+@loss(Facts(needs_reference=False, options=("label_smoothing",)))
 def cpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on log pi(w) - log pi(l).
 
@@ -290,7 +293,7 @@ def slic(pairs: PairLogps, config: LossConfig) -> Tensor:
     return F.relu(1 - config.beta * (pairs.chosen - pairs.rejected))
 
 
-@loss(Facts(needs_reference=False, is_length_normalised=True))
+@loss(Facts(needs_reference=False, is_length_normalised=True, options=("label_smoothing", "simpo_gamma")))
 def simpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `cdpo` on beta (log pi(w)/|w| - log pi(l)/|l|) - γ, before beta; γ = `simpo_gamma`.
 
@@ -299,7 +302,9 @@ def simpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     return _smoothed(config.beta * (pairs.chosen_mean - pairs.rejected_mean) - config.simpo_gamma, config)
 
 
-@loss(Facts(needs_reference=False, is_length_normalised=True))
+@loss(
+    Facts(needs_reference=False, is_length_normalised=True, options=("label_smoothing", "simpo_gamma", "alphapo_alpha"))
+)
 def alphapo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """The loss of `simpo` with the reward (1 - p^-α) / α in place of log p, p = pi(y)^(1/|y|), α = `alphapo_alpha`.
 
@@ -308,7 +313,7 @@ def alphapo(pairs: PairLogps, config: LossConfig) -> Tensor:
     alpha = config.alphapo_alpha
     if alpha == 0:
         return simpo(pairs, config)
-    chosen, rejected = (-torch.expm1(-alpha * x) / alpha for x in (pairs.chosen_mean, pairs.rejected_mean))
+    chosen, rejected = (-expm1(-alpha * x) / alpha for x in (pairs.chosen_mean, pairs.rejected_mean))
     return _smoothed(config.beta * (chosen - rejected) - config.simpo_gamma, config)
 
 
@@ -343,7 +348,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(near_zero, near, torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x))))
 
 
-@loss(Facts(needs_reference=False, needs_gold=True))
+@loss(Facts(needs_reference=False, needs_gold=True, options=("tpo_alpha",)))
 def tpo(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log sigmoid(beta (log pi(w) - log pi(l))) - α log pi(g)/|g|, g the gold answer, α = `tpo_alpha`.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_fast.config import LossConfig
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
-from dpo_fast.losses.facts import Facts, Loss, facts_of, names_with
+from dpo_fast.losses.facts import FACTS, LOSS_OPTIONS, Facts, Loss, facts_of, names_with
 from dpo_fast.losses.pairs import DIVERGENCES, PairLogps
 from dpo_fast.user_code import load_function
 
@@ -46,6 +46,35 @@ def loss_terms(config: LossConfig) -> list[tuple[Loss, float]]:
     if config.use_weighting and (sorting := names_with("sorts_pairs").intersection(names)):
         raise UserError(f"--use_weighting: {', '.join(sorted(sorting))} sorts the pairs, so they cannot have weights")
     return [(_find(name), weight) for name, weight in zip(names, weights, strict=True)]
+
+
+def check_loss(config: LossConfig) -> None:
+    """Refuse a configuration in which something is out of range, or set and then never read.
+
+    Raises:
+        UserError: it names the option, and says what to change.
+    """
+    loss_terms(config)
+    if not 0 <= config.label_smoothing < 1:
+        raise UserError(f"--label_smoothing {config.label_smoothing}: expected a probability, at least 0 and below 1")
+    if not config.discopop_tau > 0:
+        raise UserError(f"--discopop_tau {config.discopop_tau}: expected a number above 0")
+    names = loss_names(config)
+    read = {option for name in names for option in facts_of(name).options}
+    if config.f_divergence_type == "alpha_divergence":
+        read.add("f_alpha_divergence_coef")
+    for option in (*LOSS_OPTIONS, "f_alpha_divergence_coef"):
+        value = getattr(config, option)
+        if option not in read and value != getattr(LossConfig(), option):
+            raise UserError(f"--{option} {value}: not read by --loss_type {', '.join(names)}; {_cure(option, names)}")
+
+
+def _cure(option: str, names: list[str]) -> str:
+    if option == "f_alpha_divergence_coef":
+        return "it belongs to --f_divergence_type alpha_divergence"
+    if option == "label_smoothing" and "sigmoid" in names:
+        return "DPO with label smoothing is --loss_type cdpo"
+    return f"leave it out, or choose one of {', '.join(sorted(x for x in FACTS if option in FACTS[x].options))}"
 
 
 def _find(name: str) -> Loss:

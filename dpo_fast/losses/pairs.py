@@ -3,6 +3,8 @@
 Notation: pi is the policy, ref the frozen reference, w the chosen and l the rejected answer of a prompt x;
     r_w = log pi(w|x) - log ref(w|x),  r_l likewise          log-ratios in nats
     Δ = f'(e^r_w) - f'(e^r_l)                                the margin, before beta; r_w - r_l for the usual reverse KL
+
+There are two margins: `PairLogps.margin` is r_w - r_l whatever the divergence, `divergence_margin` is Δ.
 """
 
 from __future__ import annotations
@@ -66,12 +68,21 @@ class PairLogps:
 
     @property
     def margin(self) -> Tensor:
-        """(P,) Δ."""
+        """(P,) r_w - r_l."""
         return self.chosen_logratio - self.rejected_logratio
 
     def at_reference(self) -> PairLogps:
         """The same pairs with the policy equal to the reference: every margin is 0."""
         return replace(self, chosen=self.ref_chosen, rejected=self.ref_rejected)
+
+
+# e^64 leaves room in fp32 for products and differences of such numbers.
+EXPM1_LIMIT = 64.0
+
+
+def expm1(x: Tensor) -> Tensor:
+    """e^x - 1, continued by its tangent beyond 64: finite in fp32, with a gradient that keeps its sign."""
+    return torch.expm1(x.clamp(max=EXPM1_LIMIT)) + math.exp(EXPM1_LIMIT) * F.relu(x - EXPM1_LIMIT)
 
 
 Divergence = Callable[[Tensor, LossConfig], Tensor]
@@ -81,15 +92,14 @@ def _alpha_score(logratio: Tensor, config: LossConfig) -> Tensor:
     exponent = config.f_alpha_divergence_coef - 1
     if abs(exponent) < 1e-6:
         return logratio
-    # e^80 is near the end of fp32; beyond it the gradient would be no number.
-    return torch.expm1((exponent * logratio).clamp(max=80.0)) / exponent
+    return expm1(exponent * logratio) / exponent
 
 
 # f'(t) of the divergence that holds the policy near the reference, as a function of log t, with f'(1) = 0, so that a
 # score over its length is 0 at the reference, too. f-DPO, Wang et al. 2023 (arXiv 2309.16240), table 1.
 DIVERGENCES: dict[str, Divergence] = {
     "reverse_kl": lambda logratio, config: logratio,
-    "forward_kl": lambda logratio, config: -torch.expm1(-logratio),
+    "forward_kl": lambda logratio, config: -expm1(-logratio),
     "js_divergence": lambda logratio, config: math.log(2) + F.logsigmoid(logratio),
     "alpha_divergence": _alpha_score,
 }
@@ -101,13 +111,13 @@ def divergence_scores(pairs: PairLogps, config: LossConfig) -> tuple[Tensor, Ten
     return score(pairs.chosen_logratio, config), score(pairs.rejected_logratio, config)
 
 
-def margin(pairs: PairLogps, config: LossConfig) -> Tensor:
+def divergence_margin(pairs: PairLogps, config: LossConfig) -> Tensor:
     """(P,) Δ."""
     chosen, rejected = divergence_scores(pairs, config)
     return chosen - rejected
 
 
-def mean_margin(pairs: PairLogps, config: LossConfig) -> Tensor:
+def mean_divergence_margin(pairs: PairLogps, config: LossConfig) -> Tensor:
     """Δ with each score divided by its answer's length."""
     chosen, rejected = divergence_scores(pairs, config)
     return chosen / pairs.chosen_len.clamp(min=1) - rejected / pairs.rejected_len.clamp(min=1)

@@ -15,6 +15,7 @@ from dpo_fast.config import ModelConfig
 from dpo_fast.errors import UserError
 from dpo_fast.kernels import autotune
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
+from dpo_fast.kernels.head import HeadKeywords
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
 from dpo_fast.kernels.prefix_attention import prefix_layout
 from dpo_fast.kernels.token_stats import TokenStats
@@ -204,16 +205,16 @@ class Policy:
         dtype = self.compute_dtype
         bias = getattr(head, "bias", None)
         arguments = (rows.to(dtype), head.weight.to(dtype), targets)
-        options: dict[str, Any] = {
-            "bias": None if bias is None else bias.to(dtype),
-            "softcap": getattr(text_config, "final_logit_softcapping", None),
-            "temperature": divisor,
-            "memory_budget": self.memory_budget,
-            "assume_valid": True,  # token ids of the model's own vocabulary: the embedding has read them
-        }
+        bias = None if bias is None else bias.to(dtype)
+        options = HeadKeywords(
+            softcap=getattr(text_config, "final_logit_softcapping", None),
+            temperature=divisor,
+            memory_budget=self.memory_budget,
+            assume_valid=True,  # token ids of the model's own vocabulary: the embedding has read them
+        )
         if want_stats:
-            return linear_logprob_with_stats(*arguments, **options)
-        return linear_logprob(*arguments, **options), None
+            return linear_logprob_with_stats(*arguments, bias=bias, **options)
+        return linear_logprob(*arguments, bias=bias, **options), None
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:

@@ -29,7 +29,8 @@ TRL_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-PAIR_METRICS = (*TRL_METRICS, "lengths/chosen", "lengths/rejected")
+# `rewards/accuracies` counts pairs as TRL does, strictly; ties, which are all pairs at the first step, stand apart.
+PAIR_METRICS = (*TRL_METRICS, "lengths/chosen", "lengths/rejected", "rewards/ties")
 
 
 def pair_metrics(pairs: PairLogps, losses: Tensor, beta: float) -> Tensor:
@@ -37,8 +38,8 @@ def pair_metrics(pairs: PairLogps, losses: Tensor, beta: float) -> Tensor:
     chosen = beta * pairs.chosen_logratio
     rejected = beta * pairs.rejected_logratio
     rows = (losses, chosen, rejected, (chosen > rejected).float(), chosen - rejected, pairs.chosen, pairs.rejected)
-    lengths = (pairs.chosen_len.float(), pairs.rejected_len.float())
-    return torch.stack([row.detach() for row in (*rows, *lengths)])
+    others = (pairs.chosen_len.float(), pairs.rejected_len.float(), (chosen == rejected).float())
+    return torch.stack([row.detach() for row in (*rows, *others)])
 
 
 class PairAverage:
@@ -51,7 +52,7 @@ class PairAverage:
     def add(self, metrics: Tensor) -> None:
         """Add a (len(PAIR_METRICS), P) block."""
         figures = metrics.double()
-        rewards, (chosen_len, rejected_len) = figures[1:3], figures[len(TRL_METRICS) :]
+        rewards, (chosen_len, rejected_len) = figures[1:3], figures[len(TRL_METRICS) : len(TRL_METRICS) + 2]
         spread = torch.cat([rewards, (chosen_len - rejected_len)[None]])
         total = torch.cat([figures.sum(1), (spread @ spread.T).flatten()])
         self._sum = total if self._sum is None else self._sum + total

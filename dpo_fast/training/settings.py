@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
-from dpo_fast.losses.objective import any_loss, loss_terms, needs_reference
+from dpo_fast.losses.objective import any_loss, check_loss, needs_reference
 from dpo_fast.model.policy import warn_if_weights_cannot_move
 from dpo_fast.packs.layout import Group
 from dpo_fast.training.metrics import METRICS_FILE
@@ -18,7 +18,7 @@ def check_config(config: DPOConfig) -> None:
     """Refuse values that no run can have."""
     if not config.data:
         raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
-    loss_terms(config)
+    check_loss(config)
     for name in ("beta", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "adam_epsilon"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")

@@ -1,11 +1,16 @@
 """The drop-in module against Liger's own, and its packed form against itself."""
 
+import liger_kernel.chunked_loss as liger
 import pytest
 import torch
 from liger_batches import make, run
 from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+from loss_formulas import formula
 
+import dpo_fast
 from dpo_fast import FusedLinearDPOLoss
+from dpo_fast.config import LossConfig
+from dpo_fast.losses.facts import facts_of
 
 LIGER_LOSSES = sorted(LigerFusedLinearDPOLoss._SUPPORTED_LOSS_TYPES)
 NAMES = (
@@ -27,7 +32,9 @@ NAMES = (
     ids=str,
 )
 def test_values_and_gradients_are_ligers(loss_type, bias, options):
-    settings = {"loss_type": loss_type, "beta": 0.05, "label_smoothing": 0.1, **options}
+    settings = {"loss_type": loss_type, "beta": 0.05, **options}
+    if "label_smoothing" in facts_of(loss_type).options:
+        settings["label_smoothing"] = 0.1
     tensors = make(bias=bias)
     want, true_aux, true_grads = run(LigerFusedLinearDPOLoss(**settings, compiled=False), tensors)
     got, aux, grads = run(FusedLinearDPOLoss(**settings), tensors)
@@ -83,6 +90,83 @@ def test_packed_is_padded(average):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
 
 
+def rows_of(tensors):
+    """What `formula` reads of each pair, from plain log-softmaxes in fp64."""
+
+    def sums(hidden, weight, bias):
+        logp = (hidden.detach().double() @ weight.detach().double().t() + bias.detach().double()).log_softmax(-1)
+        picked = logp.gather(-1, tensors["target"].clamp(min=0)[..., None])[..., 0]
+        return picked.where(tensors["target"] >= 0, 0.0).sum(1).chunk(2)
+
+    lengths = (tensors["target"] >= 0).sum(1).chunk(2)
+    policy = sums(tensors["_input"], tensors["lin_weight"], tensors["bias"])
+    reference = sums(tensors["ref_input"], tensors["ref_weight"], tensors["ref_bias"])
+    columns = [x.tolist() for x in (*policy, *reference, *lengths)]
+    return [(*row, 0.0, 0.0, 1) for row in zip(*columns, strict=True)]
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["", "average"])
+@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm", "simpo", "alphapo", "odds_ratio", "orpo", "sft"])
+def test_a_loss_that_divides_by_lengths_divides_once(loss_type, average):
+    """Whether log-probs are reported as sums or as means, against the papers' formulas in fp64."""
+    tensors, config = make(), LossConfig(loss_type=loss_type, beta=0.3)
+    rows = rows_of(tensors)
+    want = sum(formula(loss_type, k, rows, config) for k in range(len(rows))) / len(rows)
+    loss, aux = FusedLinearDPOLoss(loss_type=loss_type, beta=0.3, average_log_prob=average)(**tensors)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+    reported = [row[0] / row[4] if average else row[0] for row in rows]
+    assert aux[0].tolist() == pytest.approx(reported, rel=1e-5)
+
+
+def test_a_mean_over_the_tokens_of_a_batch_has_no_mean_log_probs():
+    with pytest.raises(ValueError, match="average_log_prob=True: sft_tokens averages over all tokens"):
+        FusedLinearDPOLoss(loss_type="sft_tokens", average_log_prob=True)
+
+
+@pytest.mark.parametrize("name", ["DPO", "CPO", "SimPO", "ORPO"])
+def test_without_a_chosen_token_there_is_no_cross_entropy(name):
+    """0 of 0 tokens is 0 nats: the loss and its gradients are those without the term."""
+    tensors = make()
+    tensors["target"][:3] = -100
+    if name != "DPO":
+        tensors = {key: x for key, x in tensors.items() if not key.startswith("ref")}
+    module = getattr(dpo_fast, f"FusedLinear{name}Loss")
+    got, want = (run(module(compute_nll_loss=wanted), tensors) for wanted in (True, False))
+    assert got[0].isfinite()
+    assert torch.equal(got[0], want[0])
+    assert got[1][4] == 0
+    for grad, true in zip(got[2], want[2], strict=True):
+        assert torch.equal(grad, true)
+
+
+@pytest.mark.parametrize("name", ["DPO", "CPO", "SimPO", "ORPO", "KTO"])
+def test_attributes_are_ligers(name):
+    theirs = vars(getattr(liger, f"LigerFusedLinear{name}Loss")())
+    ours = getattr(dpo_fast, f"FusedLinear{name}Loss")()
+    public = {key: value for key, value in theirs.items() if key != "training" and not key.startswith("_")}
+    assert public.keys() >= {"ignore_index", "beta", "compiled", "chunk_size"}
+    assert {key: getattr(ours, key) for key in public} == public
+
+
+def test_an_attribute_that_is_set_changes_the_loss():
+    tensors, module = make(), FusedLinearDPOLoss()
+    module.beta, module.loss_type = 0.3, "ipo"
+    assert torch.equal(module(**tensors)[0], FusedLinearDPOLoss(beta=0.3, loss_type="ipo")(**tensors)[0])
+    with pytest.raises(ValueError, match="choose one of"):
+        module.loss_type = "dpo"
+    assert module.loss_type == "ipo"
+
+
+def test_a_heads_softcap_and_temperature_are_applied():
+    """Gemma 2's head; against logits."""
+    tensors = make(bias=False)
+    module = FusedLinearDPOLoss(use_ref_model=False, softcap=2.0, temperature=1.5)
+    logits = 2.0 * torch.tanh(tensors["_input"] @ tensors["lin_weight"].t() / 2.0) / 1.5
+    logp = logits.log_softmax(-1).gather(-1, tensors["target"].clamp(min=0)[..., None])[..., 0]
+    want = logp.where(tensors["target"] >= 0, 0.0).sum(1)
+    torch.testing.assert_close(torch.cat(module(**tensors)[1][:2]), want, rtol=1e-5, atol=1e-5)
+
+
 def test_bf16_inputs_are_nearer_to_fp64_than_ligers():
     tensors = make(dtype=torch.bfloat16, bias=False, vocab=501, dim=64)
     doubles = {
@@ -115,3 +199,7 @@ def test_settings_that_no_loss_has_are_refused():
         FusedLinearDPOLoss(loss_type="dpo")
     with pytest.raises(ValueError, match="exo_pair needs a value"):
         FusedLinearDPOLoss(loss_type="exo_pair")
+    with pytest.raises(ValueError, match=r"not read by --loss_type sigmoid; DPO with label smoothing is .* cdpo"):
+        FusedLinearDPOLoss(label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing 2: expected a probability"):
+        FusedLinearDPOLoss(loss_type="cdpo", label_smoothing=2)

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from oracle import tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOTrainer as TRLTrainer
-from trl_runs import IGNORED, ROWS, assert_same_logs, assert_same_run, make_trainer, train_on_rank, trl_args
+from trl_runs import IGNORED, ROWS, SPEEDS, assert_same_logs, assert_same_run, make_trainer, train_on_rank, trl_args
 
 import dpo_fast.reference.fill
 from dpo_fast.integrations.trl import DPOTrainer
@@ -158,6 +158,79 @@ def test_several_evaluation_sets(tmp_path, store):
     assert_same_logs([ours.evaluate()], [theirs.evaluate()])
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_streams_are_trained_and_evaluated_as_trls(adapter, tmp_path, store):
+    """Rows are scored as they come, by a copy of the starting model or without the adapter."""
+    logs = {}
+    for trainer_class in (TRLTrainer, DPOTrainer):
+        train, held_out = (Dataset.from_list(rows).to_iterable_dataset() for rows in (ROWS[:18], ROWS[18:]))
+        extra = {"train_dataset": train, "eval_dataset": held_out}
+        extra |= {"peft_config": lora()} if adapter else {}
+        if trainer_class is DPOTrainer:
+            extra |= store
+        elif not adapter:
+            extra["ref_model"] = tiny_llama(320)
+        logs[trainer_class] = trained(trainer_class, tmp_path, extra=extra, eval_strategy="steps", eval_steps=5)
+    assert_same_run(logs[DPOTrainer], logs[TRLTrainer])
+    assert logs[DPOTrainer].records.logs[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_a_stream_that_is_to_be_scored_beforehand_is_refused_at_once(name, tmp_path, monkeypatch):
+    """With the error that TRL raises, before anything is scored."""
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    stream = DatasetDict(a=stream) if name == "eval_dataset" else stream
+    monkeypatch.setattr(TRLTrainer, "__init__", None)
+    with pytest.raises(ValueError, match=f"^{name}: precompute_ref_log_probs=True cannot score a stream"):
+        make_trainer(DPOTrainer, tmp_path, extra={name: stream}, precompute_ref_log_probs=True)
+
+
+def of_pairs(logs):
+    return {key: value for key, value in logs.items() if not key.endswith(SPEEDS)}
+
+
+def test_an_evaluation_does_not_depend_on_its_batches(tmp_path, store):
+    """Five rows in batches of two leave a batch of one, which must count as one row."""
+    rows = {"eval_dataset": Dataset.from_list(ROWS[17:])} | store
+    trainer = trained(DPOTrainer, tmp_path, extra=rows, max_steps=4, learning_rate=1e-2)
+    found = []
+    for size in (1, 2, 5):
+        trainer.args.per_device_eval_batch_size = size
+        found.append(of_pairs(trainer.evaluate()))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+    assert found[0]["eval_rewards/accuracies"] in (0, 0.2, 0.4, 0.6, 0.8, 1)
+    assert found[0]["eval_rewards/margins"] != 0
+
+
+def test_new_rows_are_evaluated_after_training(tmp_path, store):
+    """The reference of a model that has a name is loaded again; of another, stored rows are scored, others refused."""
+    held_out, new_rows = Dataset.from_list(ROWS[18:20]), Dataset.from_list(ROWS[20:])
+    tiny_llama(320).save_pretrained(tmp_path / "base")
+    trainer = trained(DPOTrainer, tmp_path, model=str(tmp_path / "base"), extra=store)
+    reference = {"ref_model": tiny_llama(320)}
+    theirs = trained(TRLTrainer, tmp_path, model=str(tmp_path / "base"), extra=reference)
+    assert_same_logs([trainer.evaluate(new_rows)], [theirs.evaluate(new_rows)])
+    assert trainer.ref_model is None
+    sets = DatasetDict(a=held_out, b=new_rows)
+    assert_same_logs([trainer.evaluate(sets)], [theirs.evaluate(sets)])
+
+    other = {"reference_store": tmp_path / "other.sqlite"}
+    nameless = trained(DPOTrainer, tmp_path, extra=other | {"eval_dataset": held_out})
+    assert of_pairs(nameless.evaluate(held_out)) == of_pairs(nameless.evaluate())
+    with pytest.raises(ValueError, match=r"^evaluate: these rows have no stored reference .* no name to load it by"):
+        nameless.evaluate(new_rows)
+    trainer.model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="base has other weights than training started from"):
+        trainer.evaluate(Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]))
+
+
+def test_an_option_that_the_loss_does_not_read_is_refused(tmp_path):
+    """TRL ignores it."""
+    with pytest.raises(ValueError, match=r"label_smoothing 0.1: not read by --loss_type sigmoid; .* cdpo"):
+        make_trainer(DPOTrainer, tmp_path, label_smoothing=0.1)
+
+
 def test_two_processes(tmp_path, store):
     logs, weights = {}, {}
     for trainer_class in (TRLTrainer, DPOTrainer):
@@ -201,7 +274,6 @@ def test_unsupported_options_are_named(name, value, tmp_path):
         ("data_collator", list),
         ("compute_metrics", dict),
         ("processing_class", object()),
-        ("train_dataset", Dataset.from_list(ROWS).to_iterable_dataset()),
         ("peft_config", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
     ],
 )

@@ -68,7 +68,7 @@ def test_every_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch):
 
     from dpo_fast.kernels import gather_rows_triton, linear_logprob_gpu, logprob_triton
     from dpo_fast.kernels.gather_rows import RowIndex
-    from dpo_fast.kernels.linear_logprob_torch import Head
+    from dpo_fast.kernels.head import Head
 
     current, launched = [], set()
 

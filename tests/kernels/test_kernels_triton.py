@@ -5,11 +5,13 @@ from pathlib import Path
 
 
 def test_kernels_in_tritons_interpreter(capsys):
-    """In a process of its own: whether a kernel is interpreted is settled when it is decorated, for good.
+    """In a separate process: whether a kernel is interpreted is decided for good when it is decorated.
 
-    The table of errors that it makes is shown, whatever pytest is told of output.
+    Prints the table of errors, whatever pytest's options for output.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-s", str(Path(__file__).parent / "interpreted_kernels.py")]
+    files = sorted(map(str, Path(__file__).parent.glob("interpreted_*.py")))
+    assert len(files) == 4
+    command = [sys.executable, "-m", "pytest", "-q", "-s", *files]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

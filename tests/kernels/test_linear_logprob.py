@@ -184,7 +184,7 @@ def test_no_large_tensor_is_made():
 )
 @pytest.mark.parametrize("function", [linear_logprob, linear_logprob_with_stats])
 def test_scoring_takes_64_mib_at_most(n, v, d, dtype, spread, options, function):
-    """Also with rows out of range, which are made again in fp64, and whatever the sizes."""
+    """Also with rows out of range, which are recomputed in fp64, and whatever the sizes."""
     tensors, target = make(n, v, d, dtype=dtype, spread=spread)
     with Memory(*tensors.values(), target) as memory, torch.no_grad():
         function(**tensors, target=target, **options)

@@ -9,8 +9,8 @@ from oracle import random_groups
 from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dpo_fast.kernels import prefix_attention as attention_module
-from dpo_fast.kernels import prefix_attention_flex
+from dpo_fast.kernels import attention_backends, deterministic_backward, prefix_attention_flex
+from dpo_fast.kernels.attention_backends import BACKENDS, AttentionOptions, attention_backend, choose_attention
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 from dpo_fast.kernels.prefix_attention import prefix_attention, prefix_attention_ref, prefix_layout
 from dpo_fast.packs.layout import pack
@@ -43,21 +43,21 @@ def backward_of_flex_on_a_cpu(monkeypatch):
     monkeypatch.setattr(flex_module, "_validate_device", lambda *tensors: None)
 
 
-@pytest.mark.parametrize("way", ["segments", "flex"])
+@pytest.mark.parametrize("backend", ["segments", "flex"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.filterwarnings(
     "ignore:flex_attention called without torch.compile", "ignore:The .grad attribute of a Tensor:UserWarning"
 )
 @pytest.mark.usefixtures("backward_of_flex_on_a_cpu")
-def test_value_and_gradients_are_the_formulas(way, options, heads, kv_heads):
+def test_value_and_gradients_are_the_formulas(backend, options, heads, kv_heads):
     layout, inputs = make(heads, kv_heads, num_answers=3)
     options = dict(options)
     if "sinks" in options:
         options["sinks"] = torch.linspace(-1, 2, heads, dtype=torch.float64).requires_grad_()
         inputs = (*inputs, options["sinks"])
     want = prefix_attention_ref(*inputs[:3], layout, scale=0.4, **options)
-    got = prefix_attention(*inputs[:3], layout, scale=0.4, way=way, **options)
+    got = prefix_attention(*inputs[:3], layout, scale=0.4, backend=backend, **options)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     weights = torch.linspace(-1, 1, want.numel(), dtype=torch.float64).view_as(want)
     true_grads = torch.autograd.grad((want * weights).sum(), inputs)
@@ -65,15 +65,15 @@ def test_value_and_gradients_are_the_formulas(way, options, heads, kv_heads):
         torch.testing.assert_close(grad, true, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("way", ["segments", "flash_attn_3"])
-def test_padding_after_the_last_segment_changes_nothing(way, one_call):
+@pytest.mark.parametrize("backend", ["segments", "flash_attn_3"])
+def test_padding_after_the_last_segment_changes_nothing(backend, one_call):
     layout, inputs = make(4, 2)
     batch = pack(random_groups(4))
     padded = prefix_layout(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, batch.num_tokens + 3)
     filled = [torch.cat([x, x.new_full((*x.shape[:2], 3, x.shape[3]), torch.nan)], 2).detach() for x in inputs]
     filled = [x.requires_grad_() for x in filled]
     want = prefix_attention(*inputs, layout, scale=0.3)
-    got = prefix_attention(*filled, padded, scale=0.3, way=way)
+    got = prefix_attention(*filled, padded, scale=0.3, backend=backend)
     torch.testing.assert_close(got[:, :, :-3], want)
     assert not got[:, :, -3:].any()
     assert not prefix_attention_ref(*(x.detach() for x in filled), padded, scale=0.3)[:, :, -3:].any()
@@ -134,13 +134,13 @@ def one_call(monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 4, 1000])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(
-    ("way", "softcap"),
+    ("backend", "softcap"),
     [("varlen", None), ("flash_attn", None), ("flash_attn", 1.5), ("flash_attn_3", None), ("flash_attn_3", 1.5)],
 )
-def test_the_one_call_for_gpus_is_given_the_right_bounds(one_call, window, kv_heads, way, softcap):
+def test_the_one_call_for_gpus_is_given_the_right_bounds(one_call, window, kv_heads, backend, softcap):
     layout, inputs = make(4, kv_heads)
-    want = prefix_attention(*inputs, layout, scale=0.3, window=window, softcap=softcap, way="segments")
-    got = prefix_attention(*inputs, layout, scale=0.3, window=window, softcap=softcap, way=way)
+    want = prefix_attention(*inputs, layout, scale=0.3, window=window, softcap=softcap, backend="segments")
+    got = prefix_attention(*inputs, layout, scale=0.3, window=window, softcap=softcap, backend=backend)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     grads, others = (torch.autograd.grad(x.square().sum(), inputs) for x in (got, want))
     for grad, other in zip(grads, others, strict=True):
@@ -149,17 +149,17 @@ def test_the_one_call_for_gpus_is_given_the_right_bounds(one_call, window, kv_he
 
 def test_an_early_flash_attn_3_returns_the_logsumexp_too(one_call, monkeypatch):
     layout, inputs = make(4, 2)
-    want = prefix_attention(*inputs, layout, scale=0.3, way="segments")
+    want = prefix_attention(*inputs, layout, scale=0.3, backend="segments")
     flash_attn = sys.modules["flash_attn_interface"]
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda *a, **k: (flash_attn_by_hand(*a, **k), None))
-    torch.testing.assert_close(prefix_attention(*inputs, layout, scale=0.3, way="flash_attn_3"), want)
+    torch.testing.assert_close(prefix_attention(*inputs, layout, scale=0.3, backend="flash_attn_3"), want)
 
 
 NO_PACKAGES, BOTH = (), ("flash_attn", "flash_attn_interface")
 
 
 @pytest.mark.parametrize(
-    ("installed", "capability", "tensor", "options", "way"),
+    ("installed", "capability", "tensor", "options", "backend"),
     [
         (NO_PACKAGES, 9, {}, {}, "varlen"),
         (NO_PACKAGES, 9, {}, {"softcap": 2.0}, "flex"),
@@ -177,12 +177,45 @@ NO_PACKAGES, BOTH = (), ("flash_attn", "flash_attn_interface")
         (BOTH, 9, {"is_cuda": False}, {}, "segments"),
     ],
 )
-def test_the_way_is_chosen_by_what_is_there(installed, capability, tensor, options, way, monkeypatch):
-    monkeypatch.setattr(attention_module, "find_spec", lambda name: name in installed or None)
+def test_the_backend_is_chosen_by_what_is_there(installed, capability, tensor, options, backend, monkeypatch):
+    monkeypatch.setattr(attention_backends, "find_spec", lambda name: name in installed or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     query = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 4, 9, 64), "device": "cuda"} | tensor
-    options = {"softcap": None, "sinks": None} | options
-    assert attention_module._best_way(SimpleNamespace(**query), **options) == way
+    chosen = choose_attention("auto", SimpleNamespace(**query), AttentionOptions(0.3, **options))
+    assert chosen is BACKENDS[backend]
+
+
+@pytest.fixture
+def invented(monkeypatch):
+    """A backend that exists by its definition alone: attention without softcap, for dtypes of 8 bytes."""
+    monkeypatch.setattr(attention_backends, "BACKENDS", dict(BACKENDS))
+
+    @attention_backend(priority=99, is_usable=lambda query: query.dtype.itemsize == 8, lacks=("softcap",))
+    def invented(q, k, v, layout, options):
+        return torch.full_like(q, 7.0)
+
+    return invented
+
+
+def test_a_new_backend_is_chosen_or_refused_by_its_definition_alone(invented):
+    layout, doubles = make(2, 2)
+    _, singles = make(2, 2, dtype=torch.float32)
+    for backend in ("auto", "invented"):
+        assert (prefix_attention(*doubles, layout, scale=0.3, backend=backend) == 7).all()
+    # It is not usable for fp32, and has no softcap: another one is chosen.
+    for tensors, options in ((singles, {}), (doubles, {"softcap": 2.0})):
+        want = prefix_attention_ref(*tensors, layout, scale=0.3, **options)
+        torch.testing.assert_close(prefix_attention(*tensors, layout, scale=0.3, **options), want)
+    with pytest.raises(ValueError, match="invented has no softcap"):
+        prefix_attention(*doubles, layout, scale=0.3, softcap=2.0, backend="invented")
+
+
+def test_a_backend_is_never_given_an_option_that_it_lacks():
+    layout, inputs = make(2, 2)
+    with pytest.raises(ValueError, match="varlen has no sinks or softcap"):
+        prefix_attention(*inputs, layout, scale=0.3, softcap=2.0, sinks=torch.zeros(2), backend="varlen")
+    with pytest.raises(ValueError, match=r"expected .auto. or one of .*segments.*got 'flash'"):
+        prefix_attention(*inputs, layout, scale=0.3, backend="flash")
 
 
 @pytest.mark.parametrize("window", [None, 1, 40, 1000])
@@ -217,7 +250,7 @@ def test_flex_is_compiled_once_for_packs_of_all_sizes(monkeypatch):
         inputs = [torch.randn(1, heads, batch.num_tokens, 16) for heads in (4, 2, 2)]
         for options in ({"window": 6, "softcap": 2.0}, {"window": 9 + seed}):
             want = prefix_attention(*inputs, layout, scale=0.3, **options)
-            got = prefix_attention(*inputs, layout, scale=0.3, way="flex", **options)
+            got = prefix_attention(*inputs, layout, scale=0.3, backend="flex", **options)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
@@ -264,7 +297,7 @@ def test_varlen_of_torch_2_11_knows_no_grouped_queries(kv_heads, monkeypatch):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_of_torch_2_11)
     layout, inputs = make(4, kv_heads)
     want = prefix_attention_ref(*inputs, layout, scale=0.3)
-    torch.testing.assert_close(prefix_attention(*inputs, layout, scale=0.3, way="varlen"), want)
+    torch.testing.assert_close(prefix_attention(*inputs, layout, scale=0.3, backend="varlen"), want)
 
 
 @pytest.mark.parametrize("mode", ["default", "warn", "error"])
@@ -285,7 +318,7 @@ def test_one_node_of_a_backward_runs_under_deterministic_algorithms(mode):
     torch.set_deterministic_debug_mode(mode)
     try:
         middle = Watched.apply(Watched.apply(x))
-        attention_module._run_deterministically(middle.grad_fn)
+        deterministic_backward.run_deterministically(middle.grad_fn)
         Watched.apply(middle).sum().backward()
         before = torch.get_deterministic_debug_mode()
     finally:
@@ -297,11 +330,11 @@ def test_one_node_of_a_backward_runs_under_deterministic_algorithms(mode):
 
 def test_only_kernels_of_attention_are_asked_for_a_fixed_order(monkeypatch):
     asked = []
-    monkeypatch.setattr(attention_module, "_run_deterministically", lambda node: asked.append(node))
+    monkeypatch.setattr(deterministic_backward, "run_deterministically", lambda node: asked.append(node))
     kernel = SimpleNamespace(name=lambda: "ScaledDotProductEfficientAttentionBackward0")
     product = SimpleNamespace(name=lambda: "BmmBackward0")
     for is_cuda, node in ((True, kernel), (True, product), (True, None), (False, kernel)):
-        attention_module._in_fixed_order(SimpleNamespace(is_cuda=is_cuda, grad_fn=node))
+        deterministic_backward.in_fixed_order(SimpleNamespace(is_cuda=is_cuda, grad_fn=node))
     assert asked == [kernel]
 
 
@@ -316,7 +349,7 @@ def test_a_backward_that_ends_by_an_exception_leaves_no_trace():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     out = Failing.apply(torch.ones(2, requires_grad=True))
-    attention_module._run_deterministically(out.grad_fn)
+    deterministic_backward.run_deterministically(out.grad_fn)
     with pytest.raises(torch.OutOfMemoryError):
         out.sum().backward()
     make(2, 2)  # the next pack's layout

@@ -1,5 +1,5 @@
 """Figures of each row's softmax, and gradients added to the caller's own, on the torch backend; Triton's twins are in
-interpreted_kernels.py."""
+interpreted_head.py."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_main_grad_is_added_to(dtype, rows_kept):
     [
         (torch.zeros(3, 2), False, r"main_grad: expected \(5, 3\) torch\.float32"),
         (torch.zeros(5, 3, dtype=torch.bfloat16), False, r"got \(5, 3\) torch\.bfloat16"),
-        (torch.zeros(5, 3), True, "weight asks for no gradient"),
+        (torch.zeros(5, 3), True, "weight does not require a gradient"),
     ],
 )
 def test_a_main_grad_that_does_not_fit_is_named(main_grad, frozen, message):

@@ -2,12 +2,13 @@
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from loss_formulas import formula
 from trl_oracle import TRL_LOSSES, trl_token_loss
 
 from dpo_fast.config import LossConfig
@@ -15,6 +16,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, facts
 from dpo_fast.losses.facts import names_with
 from dpo_fast.losses.objective import (
+    check_loss,
     loss_at_reference,
     needs_reference,
     preference_loss,
@@ -46,6 +48,8 @@ WITH_DIVERGENCES = [
     for divergence in DIVERGENCES
     if divergence == "reverse_kl" or name in names_with("takes_divergence")
 ]
+SMOOTHED = {name for name in LOSSES if "label_smoothing" in facts.facts_of(name).options}
+FAR = [(1e3, 1e3), (1e3, -1e3), (-1e3, 1e3), (-1e3, -1e3), (5.0, -100.0), (-1e4, 0.0)]
 
 
 @pytest.fixture
@@ -85,91 +89,6 @@ def columns(pairs):
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_len", "rejected_len")
     names += ("score_gap", "gold", "gold_len")
     return list(zip(*(getattr(pairs, name).tolist() for name in names), strict=True))
-
-
-def logsig(x):
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
-
-
-def sig(x):
-    return math.exp(logsig(x))
-
-
-def score(log_t, config):
-    """f'(t) of each divergence, 0 at t = 1, from f-DPO's table 1."""
-    t, alpha = math.exp(log_t), config.f_alpha_divergence_coef
-    return {
-        "reverse_kl": math.log(t),
-        "forward_kl": 1 - 1 / t,
-        "js_divergence": math.log(2 * t / (1 + t)),
-        "alpha_divergence": (t ** (alpha - 1) - 1) / (alpha - 1),
-    }[config.f_divergence_type]
-
-
-def formula(name, k, rows, c):
-    """The k-th pair of a batch in Python floats, from the papers."""
-    w, l, rw, rl, nw, nl, gap, gold, ng = rows[k]  # noqa: E741
-    a, b = w - rw, l - rl
-    fa, fb = score(a, c), score(b, c)
-    x, eps, beta = c.beta * (fa - fb), c.label_smoothing, c.beta
-    mean = fa / nw - fb / nl
-    goal = c.score_scale * gap
-    won = [row[0] - row[2] for row in rows]
-    lost = [row[1] - row[3] for row in rows]
-
-    def smooth(z):
-        return -(1 - eps) * logsig(z) - eps * logsig(-z)
-
-    def ranked(values):
-        return sorted(values)[k]
-
-    def log_odds(mean_logp):
-        return math.log(math.exp(mean_logp) / (1 - math.exp(mean_logp)))
-
-    def alpha_reward(mean_logp):
-        return (1 - math.exp(mean_logp) ** -c.alphapo_alpha) / c.alphapo_alpha
-
-    def aot():
-        policy, reference = [row[0] - row[1] for row in rows], [row[2] - row[3] for row in rows]
-        return smooth(beta * (ranked(policy) - ranked(reference)))
-
-    def kto():
-        kl_w, kl_l = (max(0, sum(side) / len(side)) for side in (won, lost))
-        chosen, rejected = 1 - sig(beta * (a - kl_l)), 1 - sig(beta * (kl_w - b))
-        return c.desirable_weight * chosen + c.undesirable_weight * rejected
-
-    return {
-        "sigmoid": lambda: -logsig(x),
-        "cdpo": lambda: smooth(x),
-        "robust": lambda: (-(1 - eps) * logsig(x) + eps * logsig(-x)) / (1 - 2 * eps),
-        "hinge": lambda: max(0.0, 1 - x),
-        "ipo": lambda: (mean - 1 / (2 * beta)) ** 2,
-        "ipo_sum": lambda: (fa - fb - 1 / (2 * beta)) ** 2,
-        "sigmoid_norm": lambda: -logsig(beta * mean),
-        "exo_pair": lambda: sig(x) * math.log(sig(x) / (1 - eps)) + sig(-x) * math.log(sig(-x) / eps),
-        "nca_pair": lambda: -logsig(beta * a) - 0.5 * (logsig(-beta * a) + logsig(-beta * b)),
-        "bco_pair": lambda: -logsig(beta * a) - logsig(-beta * b),
-        "bco": lambda: -logsig(beta * a - 0.3) - logsig(0.3 - beta * b),
-        "sppo_hard": lambda: (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2,
-        "apo_zero": lambda: 1 - sig(beta * a) + sig(beta * b),
-        "apo_down": lambda: sig(beta * a) + 1 - sig(beta * (a - b)),
-        "discopop": lambda: (1 - sig(x / c.discopop_tau)) * -logsig(x) + sig(x / c.discopop_tau) * math.exp(-x),
-        "dpop": lambda: -logsig(beta * (fa - fb - c.dpop_lambda * max(0.0, rw - w))),
-        "odpo": lambda: -logsig(x - goal),
-        "rpo": lambda: sig(goal) * math.log(sig(goal) / sig(x)) + sig(-goal) * math.log(sig(-goal) / sig(-x)),
-        "aot": aot,
-        "aot_unpaired": lambda: smooth(beta * (ranked(won) - ranked(lost))),
-        "kto": kto,
-        "sft": lambda: -w / nw,
-        "sft_tokens": lambda: -sum(row[0] for row in rows) / sum(row[4] for row in rows),
-        "cpo": lambda: smooth(beta * (w - l)),
-        "slic": lambda: max(0.0, 1 - beta * (w - l)),
-        "simpo": lambda: smooth(beta * (w / nw - l / nl) - c.simpo_gamma),
-        "alphapo": lambda: smooth(beta * (alpha_reward(w / nw) - alpha_reward(l / nl)) - c.simpo_gamma),
-        "odds_ratio": lambda: -beta * logsig(log_odds(w / nw) - log_odds(l / nl)),
-        "orpo": lambda: -w / nw - beta * logsig(log_odds(w / nw) - log_odds(l / nl)),
-        "tpo": lambda: -logsig(beta * (w - l)) - c.tpo_alpha * gold / ng,
-    }[name]()
 
 
 @pytest.mark.parametrize(("name", "divergence"), WITH_DIVERGENCES)
@@ -369,17 +288,70 @@ def test_gradient_of_sigmoid_is_the_papers_weight(pairs):
     torch.testing.assert_close(chosen.grad, -0.1 * torch.sigmoid(-0.1 * pairs.margin))
 
 
-@pytest.mark.parametrize(("name", "divergence"), [case for case in WITH_DIVERGENCES if case[1] != "forward_kl"])
-def test_gradients_stay_finite_far_from_the_reference(name, divergence):
-    far = torch.tensor([-500.0, 300.0, -1e4], requires_grad=True)
-    zero = torch.zeros(3)
-    ones = zero.long() + 1
-    pairs = PairLogps(far, zero, zero, zero, ones, ones, score_gap=zero + 5, gold=zero, gold_len=ones)
-    config = LossConfig(loss_type=name, label_smoothing=0.1, f_divergence_type=divergence)
-    if name in ("discopop", "alphapo"):
-        return  # e^-x is their own nature: it overflows beyond 88 nats
-    preference_loss(pairs, config).sum().backward()
-    assert far.grad.isfinite().all()
+# Squares of scores that grow as e^(-r): beyond fp32 in truth.
+TRULY_INFINITE = {(name, f) for name in ("ipo", "ipo_sum") for f in ("forward_kl", "alpha_divergence")}
+
+
+@pytest.mark.parametrize(("name", "divergence"), WITH_DIVERGENCES)
+@pytest.mark.parametrize(
+    "ratios", [(1e3, 1e3), (1e3, -1e3), (-1e3, 1e3), (-1e3, -1e3), (5.0, -100.0), (-1e4, 0.0)], ids=str
+)
+def test_losses_and_gradients_are_finite_far_from_the_reference(name, divergence, ratios):
+    """Log-ratios in nats of answers of one token, whose log-probs are below 0; fp32, forward and backward."""
+    logps = [torch.tensor([min(r, 0.0) - 1], requires_grad=True) for r in ratios]
+    references = [torch.tensor([-1 - max(r, 0.0)]) for r in ratios]
+    one = torch.ones(1, dtype=torch.int64)
+    pairs = PairLogps(*logps, *references, one, one, score_gap=one * 5.0, gold=-one * 1.0, gold_len=one)
+    smoothing = {"label_smoothing": 0.1} if name in SMOOTHED else {}
+    loss = preference_loss(pairs, LossConfig(loss_type=name, f_divergence_type=divergence, **smoothing))
+    loss.sum().backward()
+    gradients = [x.grad for x in logps if x.grad is not None]
+    assert not any(x.isnan() for x in (loss, *gradients))
+    if (name, divergence) not in TRULY_INFINITE:
+        assert all(x.isfinite() for x in (loss, *gradients))
+
+
+def test_a_far_rejected_answer_has_no_gradient_under_forward_kl():
+    """-log sigmoid(0.1 (e^100 - e^-5)): 0, and flat in both log-ratios."""
+    chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (5.0, -100.0))
+    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1)
+    loss = preference_loss(
+        PairLogps(chosen, rejected, zero, zero, one, one), LossConfig(f_divergence_type="forward_kl")
+    )
+    loss.sum().backward()
+    assert (loss.item(), chosen.grad.item(), rejected.grad.item()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_divergence"])
+def test_a_far_chosen_answer_is_pulled_back(divergence):
+    """The score falls as e^(-r): its gradient must not vanish where fp32 ends."""
+    chosen = torch.tensor([-1e3], requires_grad=True)
+    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1)
+    preference_loss(
+        PairLogps(chosen, zero, zero, zero, one, one), LossConfig(f_divergence_type=divergence)
+    ).sum().backward()
+    assert chosen.grad.item() < -1e20
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.3, 1.0])
+def test_discopop_far_from_the_reference_is_the_papers_formula(tau):
+    """Value and derivative in 60 digits, by mpmath."""
+    mp = pytest.importorskip("mpmath").mp
+    ratios = [-1e3, -300.0, -88.0, -3.0, 0.0, 2.0, 88.0, 1e3]
+    chosen = torch.tensor(ratios, requires_grad=True)
+    zero, one = torch.zeros(len(ratios)), torch.ones(len(ratios), dtype=torch.int64)
+    config = LossConfig(loss_type="discopop", beta=1.0, discopop_tau=tau)
+    loss = preference_loss(PairLogps(chosen, zero, zero, zero, one, one), config)
+    loss.sum().backward()
+
+    def exact(x):
+        m = 1 / (1 + mp.exp(-x / mp.mpf(tau)))
+        return (1 - m) * mp.log(1 + mp.exp(-x)) + m * mp.exp(-x)
+
+    with mp.workdps(60):
+        assert loss.tolist() == pytest.approx([float(exact(mp.mpf(x))) for x in ratios], rel=1e-5, abs=1e-30)
+        slopes = [float(mp.diff(exact, mp.mpf(x), h=mp.mpf(10) ** -20)) for x in ratios]
+        assert chosen.grad.tolist() == pytest.approx(slopes, rel=1e-4, abs=1e-30)
 
 
 def test_orpo_at_both_ends_of_probability():
@@ -392,6 +364,61 @@ def test_orpo_at_both_ends_of_probability():
     torch.testing.assert_close(
         preference_loss(pairs, LossConfig(loss_type="orpo")).double(), want, rtol=1e-5, atol=1e-6
     )
+
+
+class Watched(LossConfig):
+    """A configuration that notes which options are read."""
+
+    def __getattribute__(self, name):
+        if name in facts.LOSS_OPTIONS:
+            object.__getattribute__(self, "__dict__").setdefault("noted", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_loss_reads_the_options_that_it_declares(name, pairs):
+    config = Watched(loss_type=name, label_smoothing=0.1)
+    config.noted = set()
+    LOSSES[name](pairs, config)
+    assert config.noted == set(facts.facts_of(name).options)
+
+
+def test_every_option_of_some_losses_is_known():
+    shared = {"loss_type", "loss_weights", "beta", "f_divergence_type", "ld_alpha", "use_weighting"}
+    assert {x.name for x in fields(LossConfig)} - shared - {"f_alpha_divergence_coef"} == set(facts.LOSS_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing 0.1: not read by --loss_type sigmoid; DPO with label .* cdpo"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing 0.1: not read by --loss_type hinge; .* cdpo"),
+        ({"loss_type": "cdpo", "label_smoothing": 2.0}, r"label_smoothing 2.0: expected a probability"),
+        ({"loss_type": "cdpo", "label_smoothing": -1.0}, r"label_smoothing -1.0: expected a probability"),
+        ({"loss_type": "cpo", "label_smoothing": math.nan}, r"label_smoothing nan: expected a probability"),
+        (
+            {"loss_type": ["sigmoid", "sft"], "simpo_gamma": 1.0},
+            "simpo_gamma 1.0: not read by .*, sft; .* alphapo, simpo",
+        ),
+        ({"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef 0.3: .* belongs to --f_divergence_type alpha"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, "discopop_tau 0.0: expected a number above 0"),
+    ],
+)
+def test_an_option_out_of_range_or_never_read_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_loss(LossConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ["sigmoid", "cdpo"], "label_smoothing": 0.1},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        *({"loss_type": name, "label_smoothing": 0.1} for name in sorted(SMOOTHED)),
+    ],
+)
+def test_an_option_that_is_read_is_taken(settings):
+    check_loss(LossConfig(**settings))
 
 
 @pytest.fixture

@@ -73,7 +73,8 @@ def test_what_does_not_vary_has_no_correlation(same):
     for _ in range(50):
         block = torch.rand(len(PAIR_METRICS), 49, generator=generator) * 1000
         if same != "margins":
-            block[-2:] = block[-2:, :1]
+            lengths = [PAIR_METRICS.index(f"lengths/{side}") for side in ("chosen", "rejected")]
+            block[lengths] = block[lengths, :1]
         if same != "lengths":
             block[1:3] = block[1:3, :1]
         average = PairAverage()
