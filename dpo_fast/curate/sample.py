@@ -16,7 +16,8 @@ from dpo_fast.console import progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
 from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, tell_left_out, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
-from dpo_fast.data.formats import Text, to_prompt
+from dpo_fast.data.conversation import Text
+from dpo_fast.data.formats import template_kwargs, to_prompt
 from dpo_fast.data.row_report import RowError
 from dpo_fast.data.tokenize import Tokenizing
 from dpo_fast.errors import UserError
@@ -141,7 +142,10 @@ def answer_rows(
             if prompts is None:
                 prompts = _prompts(rows, config, tokenize, console)
                 line.start(len(prompts) * config.num_samples)
-            ids = [tokenize.prompt_ids(prompt, row.get(config.tools_column)) for row, prompt in prompts]
+            ids = [
+                tokenize.prompt_ids(prompt, row.get(config.tools_column), template_kwargs(row))
+                for row, prompt in prompts
+            ]
             own = [batch for number, (_, t) in group for batch in _batches(number, model, t, ids, config, len(sources))]
             batches += own
             writer: Writer | None = None
@@ -197,7 +201,7 @@ def _prompts(
             prompt, tools = to_prompt(row, config.prompt_column, config.tools_column)
             if wrap and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            if not tokenize.prompt_ids(prompt, tools):
+            if not tokenize.prompt_ids(prompt, tools, template_kwargs(row)):
                 raise RowError("wrong_type", "the prompt has no tokens, so a model has nothing to go on from")
         except RowError as error:
             refused.append(f"row {number}: {error}")
