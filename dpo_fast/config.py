@@ -7,10 +7,11 @@ README.md lists the few defaults that differ. The command line, YAML files and P
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 PairChoice = Literal["best_worst", "adjacent", "all"]
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
+TrainOn = Literal["assistant", "last_turn", "all"]
 
 
 @dataclass
@@ -19,7 +20,8 @@ class DataConfig:
 
     Attributes:
         data: .jsonl, .jsonl.gz, .json or .parquet file, or a Hub dataset (`name` or `name:split`).
-        prompt_column: column of the prompt; without it, the prompt is the common start of `chosen` and `rejected`.
+        prompt_column: column of the prompt. By default `messages`, `conversations`, `question`, `query`,
+            `instruction` (with `input`) and `input` are recognised too; an empty name says that the answers hold it.
         chosen_column: column of the preferred answer.
         rejected_column: column of the rejected answer.
         responses_column: column with a list of answers, for rows without chosen and rejected.
@@ -32,8 +34,16 @@ class DataConfig:
             use it; rows with responses and scores do not need it.
         gold_column: column with a third answer that is better than both, for losses that use it.
         tools_column: column with the tools to pass to the chat template.
+        system_column: column with the text of the system turn; null reads none.
         chat_template: file with a Jinja chat template that replaces the tokenizer's.
-        apply_chat_template: wrap plain-text rows as one user turn and one assistant turn.
+        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": false}`.
+        chat_template_kwargs_column: column with such arguments per row, which win; null reads none.
+        apply_chat_template: wrap plain-text rows as one user turn and one assistant turn; null wraps only rows with a
+            system turn, tools or template arguments, false none.
+        train_on: which tokens of an answer are scored: those of its `assistant` turns, of its `last_turn` only, or
+            `all`.
+        keep_reasoning: keep the reasoning that the chat template strips from answers: put the answer after the
+            generation prompt, as the model would write it.
         max_length: maximum tokens of prompt plus answer; null for no limit.
         truncation_mode: `keep_start` cuts the end of the answer (as in TRL), `keep_end` cuts the start of the prompt,
             `drop` drops rows that are too long.
@@ -53,8 +63,13 @@ class DataConfig:
     margin_column: str | None = None
     gold_column: str | None = None
     tools_column: str = "tools"
+    system_column: str | None = "system"
     chat_template: str | None = None
-    apply_chat_template: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs_column: str | None = "chat_template_kwargs"
+    apply_chat_template: bool | None = None
+    train_on: TrainOn = "assistant"
+    keep_reasoning: bool = False
     max_length: int | None = 1024
     truncation_mode: TruncationMode = "keep_start"
     max_rows: int | None = None

@@ -26,6 +26,7 @@ from dpo_fast.curate.generate import SCORED_TOKENS, UNRANKED
 from dpo_fast.curate.label import label_rows
 from dpo_fast.curate.rows import Row, read_objects, write_rows
 from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows
+from dpo_fast.data.formats import template_kwargs
 from dpo_fast.data.load import load_groups
 from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
@@ -145,7 +146,10 @@ def _kl(rows: list[Row], config: EvalConfig, console: Console) -> dict[str, floa
     groups = [
         Group(
             number,
-            np.array(tokenize.prompt_ids(row[config.prompt_column], row.get(config.tools_column)), dtype=np.int32),
+            np.array(
+                tokenize.prompt_ids(row[config.prompt_column], row.get(config.tools_column), template_kwargs(row)),
+                dtype=np.int32,
+            ),
             tuple(np.array(how["ids"], dtype=np.int32) for how in row[SAMPLES]),
             UNRANKED,
         )

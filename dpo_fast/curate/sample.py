@@ -17,7 +17,8 @@ from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
 from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, report_dropped, write_rows
 from dpo_fast.curate.worklog import WorkLog, fingerprint
-from dpo_fast.data.formats import Text, to_prompt
+from dpo_fast.data.conversation import Text
+from dpo_fast.data.formats import template_kwargs, to_prompt
 from dpo_fast.data.row_report import RowError
 from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
@@ -149,7 +150,10 @@ def answer_rows(
             tokenizer = load_tokenizer(model, config.chat_template)
             tokenize = PairTokenizer(tokenizer)
             if prompts:
-                prompts = [replace(p, ids=tokenize.prompt_ids(p.text, p.row.get(config.tools_column))) for p in prompts]
+                prompts = [
+                    replace(p, ids=tokenize.prompt_ids(p.text, p.row.get(config.tools_column), template_kwargs(p.row)))
+                    for p in prompts
+                ]
             else:
                 prompts = _prompts(rows, config, tokenize, console)
                 line.start(len(prompts) * config.num_samples)
@@ -224,7 +228,7 @@ def _prompts(rows: Sequence[Row], config: SampleConfig, tokenize: PairTokenizer,
             prompt, tools = to_prompt(row, config.prompt_column, config.tools_column)
             if wrap and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            ids = tokenize.prompt_ids(prompt, tools)
+            ids = tokenize.prompt_ids(prompt, tools, template_kwargs(row))
             if not ids:
                 raise RowError("wrong_type", "the prompt has no tokens, so there is nothing for a model to continue")
         except RowError as error:

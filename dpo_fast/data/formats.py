@@ -2,33 +2,35 @@
 
 | form | fields |
 |---|---|
-| standard | `prompt`, `chosen`, `rejected` as strings; without `prompt`, the strings begin alike |
-| conversational | the same as lists of `{"role", "content"}` messages; without `prompt`, the lists begin alike |
+| standard | `prompt`, `chosen`, `rejected` as strings; without `prompt`, the strings begin with it |
+| conversational | the same as lists of `{"role", "content"}` messages; without `prompt`, the lists begin with it |
 | scored | `prompt`, `responses`, `scores`: the pairs that `--pairs` asks for |
 | hh-rlhf | `chosen`, `rejected` as transcripts of `Human:` and `Assistant:` turns |
 | sharegpt | `conversations` of `{"from", "value"}` turns, `chosen` and `rejected` as one turn each |
+
+A format is a function under `@data_format` that finds the prompt and the answers in a row's columns; their shapes
+(strings, messages, sharegpt turns, transcripts) are understood for all formats.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from typing import Any, TypeVar
 
 from dpo_fast.config import DataConfig, PairChoice
+from dpo_fast.data import columns
+from dpo_fast.data.columns import Row
+from dpo_fast.data.conversation import Message, Text, split_conversations, to_messages, with_system
 from dpo_fast.data.row_report import RowError
+from dpo_fast.data.transcripts import Span, are_transcripts, split_transcripts, transcript_messages
 from dpo_fast.packs.layout import Ranking
 
-Message = dict[str, Any]
-Text = str | list[Message]
 T = TypeVar("T")
-
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-_HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+# A shorter prompt may well be what an answer begins with by chance.
+REPEATED_PROMPT = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +38,106 @@ class Preference:
     """A prompt and its answers, all of them strings or all of them lists of messages.
 
     Attributes:
-        prompt: None where the prompt is what all answers begin with.
+        prompt: None if the prompt is what all answers begin with.
         answers: two or more, none empty.
         ranking: of the answers; the two of a pair differ.
         tools: for the chat template.
+        template_kwargs: for the chat template.
+        targets: of strings with several turns, for each answer the spans of characters that are the assistant's.
+        changes: what was done to the row, as causes of `row_report.CHANGED`.
+        unused: columns that hold something and were not read.
     """
 
     prompt: Text | None
     answers: tuple[Text, ...]
     ranking: Ranking
     tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[list[Span], ...] | None = None
+    changes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def is_chat(self) -> bool:
         """Whether it is rendered by the chat template."""
         return not isinstance(self.answers[0], str)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a format finds in a row: values of any shape.
+
+    Attributes:
+        prompt: a string, messages, or None if the answers hold it.
+        answers: strings, messages or whole conversations.
+        names: each answer's column, for messages.
+        ranking: of the answers.
+    """
+
+    prompt: Any
+    answers: list[Any]
+    names: list[str]
+    ranking: Ranking = field(default_factory=Ranking)
+
+
+Format = Callable[[Row, DataConfig], Draft | None]
+# Asked from the last to the first: the most general format is the first.
+FORMATS: dict[str, Format] = {}
+
+
+def data_format(find: Format) -> Format:
+    """Register a format: a function from a row to a draft, or to None if the row is of another form."""
+    FORMATS[find.__name__] = find
+    return find
+
+
+@data_format
+def chosen_rejected(row: Row, config: DataConfig) -> Draft | None:
+    """`chosen` and `rejected`; `margin_column` says by how much the one is better."""
+    names = [config.chosen_column, config.rejected_column]
+    answers = [row.require(name) for name in names]
+    scores = None if config.margin_column is None else (row.number(config.margin_column), 0.0)
+    return Draft(columns.find_prompt(row, config), answers, names, Ranking(scores=scores))
+
+
+@data_format
+def scored(row: Row, config: DataConfig) -> Draft | None:
+    """`responses` and `scores`."""
+    if row.get(config.chosen_column) is not None or row.get(config.responses_column) is None:
+        return None
+    responses, scores = row.get(config.responses_column), row.require(config.scores_column)
+    if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
+        raise RowError(
+            "wrong_type",
+            f"expected {config.responses_column!r} and {config.scores_column!r} to be lists of the same length",
+        )
+    # A response that no signal could judge has no score.
+    judged = [i for i, score in enumerate(scores) if score is not None]
+    responses, scores = [responses[i] for i in judged], [scores[i] for i in judged]
+    if not all(map(columns.is_number, scores)) or len(scores) < 2:
+        raise RowError("wrong_type", f"expected at least two finite numbers in {config.scores_column!r}")
+    pairs = choose_pairs(scores, config.pairs, config.min_score_gap)
+    if not pairs:
+        raise RowError("tied_scores", "")
+    ranking = Ranking(tuple(pairs), tuple(map(float, scores)))
+    return Draft(columns.find_prompt(row, config), responses, [config.responses_column] * len(responses), ranking)
+
+
+def choose_pairs(scores: Sequence[float], which: PairChoice, min_gap: float) -> list[tuple[int, int]]:
+    """(better, worse) indices of responses whose scores differ, by `min_gap` at least.
+
+    Args:
+        scores: one a response.
+        which: `best_worst` the best against the worst, `adjacent` each against the next worse one, `all` every two.
+        min_gap: smallest difference of scores; binary fractions may miss it by rounding (0.7 - 0.4 < 0.3).
+    """
+    if which == "best_worst":
+        candidates = [(scores.index(max(scores)), scores.index(min(scores)))]
+    else:
+        order = sorted(range(len(scores)), key=lambda i: -scores[i])
+        candidates = list(pairwise(order) if which == "adjacent" else combinations(order, 2))
+    rounding = 1e-12 * max(map(abs, scores), default=0.0)
+    return [(a, b) for a, b in candidates if scores[a] > scores[b] and scores[a] - scores[b] >= min_gap - rounding]
 
 
 def to_preference(row: Any, config: DataConfig, *, has_chat_template: bool) -> Preference:
@@ -61,183 +148,126 @@ def to_preference(row: Any, config: DataConfig, *, has_chat_template: bool) -> P
     """
     if not isinstance(row, dict):
         raise RowError("wrong_type", f"expected an object with fields, found {type(row).__name__}")
-    prompt = row.get(config.prompt_column)
-    names, values, ranking = _answers(row, config)
-    if prompt is None and row.get("conversations") is not None:
-        prompt = row["conversations"]
-    if prompt is None and _are_transcripts(values):
-        prompt, answers = _from_transcripts(values, as_messages=has_chat_template)
-    else:
-        prompt, answers = _from_fields(prompt, values, names, config)
-    tools = _tools(row, config.tools_column)
-    if config.apply_chat_template and isinstance(prompt, str) and all(isinstance(a, str) for a in answers):
-        prompt = [{"role": "user", "content": prompt}]
-        answers = [[{"role": "assistant", "content": answer}] for answer in answers]
-    answers, ranking = only_different(answers, ranking)
-    if not ranking.pairs:
-        raise RowError("identical_answers", "")
-    return Preference(prompt, tuple(answers), ranking, tools)
-
-
-def only_different(answers: Sequence[T], ranking: Ranking) -> tuple[list[T], Ranking]:
-    """The pairs whose answers differ, and the answers that are in them or gold."""
-    used, ranking = ranking.keep([pair for pair in ranking.pairs if answers[pair[0]] != answers[pair[1]]])
-    return [answers[i] for i in used], ranking
-
-
-def _answers(row: dict[str, Any], config: DataConfig) -> tuple[list[str], list[Any], Ranking]:
-    """The fields' names, their values, and how they compare."""
-    scores: Sequence[float] | None = None
-    if row.get(config.chosen_column) is None and row.get(config.responses_column) is not None:
-        values, scores, pairs = _scored(row, config)
-        names = [config.responses_column] * len(values)
-    else:
-        names = [config.chosen_column, config.rejected_column]
-        values, pairs = [_field(row, name) for name in names], [(0, 1)]
-        if config.margin_column is not None:
-            scores = [_number(row, config.margin_column), 0.0]
-    gold = None
-    if config.gold_column is not None:
-        gold = len(values)
-        names, values = [*names, config.gold_column], [*values, _field(row, config.gold_column)]
-        scores = None if scores is None else [*scores, math.nan]
-    weight = 1.0 if config.weight_column is None else _number(row, config.weight_column)
-    if weight < 0:
-        raise RowError("wrong_type", f"field {config.weight_column!r}: expected 0 or above, found {weight:g}")
-    return names, values, Ranking(tuple(pairs), None if scores is None else tuple(map(float, scores)), gold, weight)
-
-
-def _number(row: dict[str, Any], name: str) -> float:
-    value = _field(row, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError("wrong_type", f"field {name!r}: expected a finite number, found {value!r:.40}")
-    return float(value)
-
-
-def _field(row: dict[str, Any], name: str) -> Any:
-    if row.get(name) is None:
-        raise RowError(
-            "missing_field",
-            f"field {name!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}. "
-            "--chosen_column, --rejected_column and --prompt_column map other names",
-        )
-    return row[name]
-
-
-def _scored(row: dict[str, Any], config: DataConfig) -> tuple[list[Any], list[float], list[tuple[int, int]]]:
-    responses, scores = row[config.responses_column], _field(row, config.scores_column)
-    if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
+    values = Row(row)
+    columns.refuse_media(values)
+    found = (find(values, config) for find in reversed(FORMATS.values()))
+    draft = next(draft for draft in found if draft is not None)
+    draft = _with_gold_and_weight(draft, values, config)
+    system = columns.find_system(values, config)
+    tools = columns.find_tools(values, config.tools_column)
+    kwargs = columns.find_template_kwargs(values, config)
+    preference = _with_prompt(draft, values, config, has_chat_template=has_chat_template)
+    # Text has neither system turn nor tools, so rows that have them are meant as a chat.
+    is_meant_as_chat = bool(system or tools or kwargs) or (system is not None and has_chat_template)
+    if config.apply_chat_template or (config.apply_chat_template is None and is_meant_as_chat):
+        preference = _as_chat(preference, config)
+    elif is_meant_as_chat and system and not preference.is_chat:
         raise RowError(
             "wrong_type",
-            f"expected {config.responses_column!r} and {config.scores_column!r} to be lists of the same length",
+            f"field {config.system_column!r}: plain text has no system turn; leave --apply_chat_template false out, or "
+            "pass --system_column null to drop it",
         )
-    # A response that no signal could judge has no score.
-    judged = [i for i, score in enumerate(scores) if score is not None]
-    responses, scores = [responses[i] for i in judged], [scores[i] for i in judged]
-    if not all(isinstance(s, int | float) and math.isfinite(s) for s in scores) or len(scores) < 2:
-        raise RowError("wrong_type", f"expected at least two finite numbers in {config.scores_column!r}")
-    pairs = choose_pairs(scores, config.pairs, config.min_score_gap)
-    if not pairs:
-        raise RowError("tied_scores", "")
-    return responses, scores, pairs
-
-
-def choose_pairs(scores: Sequence[float], which: PairChoice, min_gap: float) -> list[tuple[int, int]]:
-    """(better, worse) indices of responses whose scores differ, by `min_gap` at least.
-
-    Args:
-        scores: one a response.
-        which: `best_worst` the best against the worst, `adjacent` each against the next worse one, `all` every two.
-        min_gap: smallest difference of scores.
-    """
-    if which == "best_worst":
-        candidates = [(scores.index(max(scores)), scores.index(min(scores)))]
-    else:
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])
-        candidates = list(pairwise(order) if which == "adjacent" else combinations(order, 2))
-    gaps = {(a, b): scores[a] - scores[b] for a, b in candidates}
-    return [pair for pair, gap in gaps.items() if gap > 0 and gap >= min_gap]
-
-
-def _from_fields(
-    prompt: Any, values: list[Any], names: list[str], config: DataConfig
-) -> tuple[Text | None, list[Text]]:
-    if all(isinstance(value, str) for value in values) and (prompt is None or isinstance(prompt, str)):
-        for name, text in zip(names, values, strict=True):
-            if not text:
-                raise RowError("empty_answer", f"field {name!r} is an empty string")
-        return prompt, values
-    answers = [_messages(value, name) for name, value in zip(names, values, strict=True)]
-    start_with_user = all(answer[0]["role"] in ("user", "system") for answer in answers)
-    if prompt is None or (isinstance(prompt, str) and start_with_user):
-        # Whole conversations, with the prompt's text in a column beside them (as binarised UltraFeedback has it).
-        return _split_conversations(answers)
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}], list(answers)
-    return _messages(prompt, config.prompt_column), list(answers)
-
-
-def _common_length(sequences: Sequence[Sequence[Any]]) -> int:
-    """Number of leading items that all sequences share."""
-    length = 0
-    for items in zip(*sequences, strict=False):
-        if any(item != items[0] for item in items):
-            break
-        length += 1
-    return length
-
-
-def _split_conversations(conversations: list[list[Message]]) -> tuple[Text, list[Text]]:
-    common = _common_length(conversations)
-    if all(common == len(c) for c in conversations):
+    prompt = preference.prompt
+    if isinstance(prompt, list):
+        prompt = with_system(prompt, system)
+    used, ranking = only_different(preference.answers, preference.ranking)
+    if not ranking.pairs:
         raise RowError("identical_answers", "")
-    # An answer keeps its last message, also where one conversation goes on after the other's end.
-    common = min(common, *(len(c) - 1 for c in conversations))
-    if common == 0:
-        raise RowError("missing_field", "the conversations have no first message in common, so there is no prompt")
-    return conversations[0][:common], [c[common:] for c in conversations]
+    return replace(
+        preference,
+        prompt=prompt,
+        answers=tuple(preference.answers[i] for i in used),
+        ranking=ranking,
+        tools=tools,
+        template_kwargs=kwargs,
+        targets=None if preference.targets is None else tuple(preference.targets[i] for i in used),
+        unused=values.unread,
+    )
 
 
-def _messages(value: Any, name: str) -> list[Message]:
-    """Messages with `role` and `content`, from lists or single ones, in either vocabulary."""
-    if isinstance(value, str):
-        value = {"role": "assistant", "content": value}
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise RowError("wrong_type", f"field {name!r}: expected a string or messages, found {type(value).__name__}")
-    messages = [_message(item, name) for item in value]
-    last = messages[-1]
-    if not last["content"] and not last.get("tool_calls"):
-        raise RowError("empty_answer", f"field {name!r}: its last message is empty")
-    return messages
+def only_different(answers: Sequence[Any], ranking: Ranking) -> tuple[list[int], Ranking]:
+    """Indices of the answers that are in a pair of different ones, or gold, and the ranking of those."""
+    return ranking.keep([pair for pair in ranking.pairs if answers[pair[0]] != answers[pair[1]]])
 
 
-def _message(value: Any, name: str) -> Message:
-    if isinstance(value, dict) and "from" in value and "value" in value:
-        sender = value["from"]
-        value = {"role": _ROLES.get(sender, sender), "content": value["value"]}
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        raise RowError("wrong_type", f"field {name!r}: expected messages with 'role' and 'content'")
-    content = value.get("content")
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        if len(parts) != len(content) or not all(isinstance(part, str) for part in parts):
-            raise RowError("wrong_type", f"field {name!r}: only text parts are supported in a message's content")
-        content = "".join(str(part) for part in parts)
-    if content is not None and not isinstance(content, str):
-        raise RowError("wrong_type", f"field {name!r}: expected a message's content to be a string")
-    # Columnar files fill the keys that other rows have with null; a template would print them.
-    return {key: item for key, item in value.items() if item is not None} | {"content": content or ""}
+def _with_gold_and_weight(draft: Draft, row: Row, config: DataConfig) -> Draft:
+    ranking, names, answers = draft.ranking, draft.names, draft.answers
+    if config.gold_column is not None:
+        scores = None if ranking.scores is None else (*ranking.scores, math.nan)
+        ranking = replace(ranking, gold=len(answers), scores=scores)
+        names, answers = [*names, config.gold_column], [*answers, row.require(config.gold_column)]
+    if config.weight_column is not None:
+        weight = row.number(config.weight_column)
+        if weight < 0:
+            raise RowError("wrong_type", f"field {config.weight_column!r}: expected 0 or above, found {weight:g}")
+        ranking = replace(ranking, weight=weight)
+    return Draft(draft.prompt, answers, names, ranking)
+
+
+def _with_prompt(draft: Draft, row: Row, config: DataConfig, *, has_chat_template: bool) -> Preference:
+    """Prompt and answers in one shape, split where the answers begin."""
+    prompt, answers, ranking = draft.prompt, draft.answers, draft.ranking
+    if are_transcripts(answers) and (prompt is None or _is_text_within(prompt, answers)):
+        if has_chat_template:
+            prompt, chats = split_conversations(None, [transcript_messages(text) for text in answers])
+            return Preference(prompt, tuple(chats), ranking)
+        prompt, texts, spans = split_transcripts(answers)
+        return Preference(prompt, tuple(texts), ranking, targets=tuple(spans))
+    if not all(isinstance(answer, str) for answer in answers) or not isinstance(prompt, str | None):
+        chats = [to_messages(answer, name) for answer, name in zip(answers, draft.names, strict=True)]
+        if not isinstance(prompt, str | None):
+            prompt = to_messages(prompt, config.prompt_column)
+        prompt, chats = split_conversations(prompt, chats)
+        return Preference(prompt, tuple(chats), ranking)
+    for name, text in zip(draft.names, answers, strict=True):
+        if not text.strip():
+            raise RowError("empty_answer", f"field {name!r} is {'white space alone' if text else 'an empty string'}")
+    if prompt is None:
+        columns.check_prompt_is_nowhere(row, config)
+    elif len(prompt) >= REPEATED_PROMPT and all(a.startswith(prompt) and a[len(prompt) :].strip() for a in answers):
+        answers = [answer[len(prompt) :] for answer in answers]
+        return Preference(prompt, tuple(answers), ranking, changes=("prompt_repeated",))
+    return Preference(prompt, tuple(answers), ranking)
+
+
+def _is_text_within(prompt: Any, texts: Sequence[str]) -> bool:
+    return isinstance(prompt, str) and all(prompt.strip() in text for text in texts)
+
+
+def _as_chat(preference: Preference, config: DataConfig) -> Preference:
+    """Strings as one turn of the user and one of the assistant."""
+    if preference.is_chat:
+        return preference
+    if preference.prompt is None:
+        raise RowError(
+            "missing_field",
+            f"field {config.prompt_column!r} is missing, and a chat needs a user's turn apart from the "
+            "answers; --prompt_column maps another name",
+        )
+    assert isinstance(preference.prompt, str)
+    prompt: list[Message] = [{"role": "user", "content": preference.prompt}]
+    answers: list[list[Message]] = [[{"role": "assistant", "content": str(a)}] for a in preference.answers]
+    return replace(preference, prompt=prompt, answers=tuple(answers), targets=None)
+
+
+def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """A row's arguments of the chat template, in the column of the default name.
+
+    Raises:
+        RowError: they are no object.
+    """
+    return columns.find_template_kwargs(Row(row), DataConfig())
 
 
 def to_prompt(row: dict[str, Any], prompt_column: str, tools_column: str) -> tuple[Text, list[Any] | None]:
-    """A row's prompt, where it has no answers yet, and the tools that the chat template is given.
+    """A row's prompt, its system turn included, if it has no answers yet, and the tools for the chat template.
 
     Raises:
         RowError: it names the field, what was expected and what was found.
     """
-    prompt = row.get(prompt_column)
+    values = Row(row)
+    columns.refuse_media(values)
+    prompt = values.get(prompt_column)
     if prompt is None:
         raise RowError(
             "missing_field",
@@ -246,45 +276,8 @@ def to_prompt(row: dict[str, Any], prompt_column: str, tools_column: str) -> tup
         )
     if prompt == "":
         raise RowError("wrong_type", f"field {prompt_column!r}: expected a prompt, found an empty string")
-    return prompt if isinstance(prompt, str) else _messages(prompt, prompt_column), _tools(row, tools_column)
-
-
-def _tools(row: dict[str, Any], column: str) -> list[Any] | None:
-    tools = row.get(column)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError("wrong_type", f"field {column!r}: not valid JSON: {error.msg}") from error
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError("wrong_type", f"field {column!r}: expected a list of tools, each a JSON schema")
-    return tools or None
-
-
-def _are_transcripts(values: list[Any]) -> bool:
-    return all(isinstance(v, str) and v.startswith("\n\nHuman:") and "\n\nAssistant:" in v for v in values)
-
-
-def _from_transcripts(texts: list[str], *, as_messages: bool) -> tuple[Text, list[Text]]:
-    """hh-rlhf: whole turns in common are the prompt; as text, the prompt ends in `Assistant:`."""
-    turns = [_turns(text) for text in texts]
-    if as_messages:
-        return _split_conversations([[{"role": r, "content": c.strip()} for r, c, _ in t] for t in turns])
-    common = min(_common_length(turns), *(len(t) - 1 for t in turns))
-    if any(t[common][0] != "assistant" for t in turns):
-        raise RowError("missing_field", "the transcripts part at a turn that is not the assistant's")
-    prompt = "".join(raw for _, _, raw in turns[0][:common]) + "\n\nAssistant:"
-    answers = ["".join(raw for _, _, raw in t[common:]).removeprefix("\n\nAssistant:") for t in turns]
-    if not all(answer.strip() for answer in answers):
-        raise RowError("empty_answer", "the last turn of a transcript is empty")
-    return prompt, list(answers)
-
-
-def _turns(text: str) -> list[tuple[str, str, str]]:
-    """(role, content, raw text) of each turn of a transcript."""
-    marks = list(_HH_TURN.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    return [
-        ({"Human": "user", "Assistant": "assistant"}[mark[1]], text[mark.end() : end], text[mark.start() : end])
-        for mark, end in zip(marks, ends, strict=True)
-    ]
+    system = columns.find_system(values, DataConfig())
+    if system and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    found: Text = prompt if isinstance(prompt, str) else with_system(to_messages(prompt, prompt_column), system)
+    return found, columns.find_tools(values, tools_column)

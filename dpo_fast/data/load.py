@@ -7,7 +7,9 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from dpo_fast.config import DataConfig
+from dpo_fast.data.columns import near_miss
 from dpo_fast.data.formats import Preference, to_preference
+from dpo_fast.data.pair_totals import excerpt
 from dpo_fast.data.row_report import DROPPED, DataReport, RowError
 from dpo_fast.data.rows import SourceRow, read_rows
 from dpo_fast.data.tokenize import PairTokenizer, truncate
@@ -36,12 +38,12 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
             raise UserError(f"--{name} {limit}: expected a number above 0, or null for no limit")
     report = DataReport(config.data)
     groups: list[Group] = []
-    tokenize = PairTokenizer(tokenizer)
+    tokenize = PairTokenizer(tokenizer, config)
     rows = read_rows(config.data, config.max_rows)
     while block := list(islice(rows, ROWS_AT_ONCE)):
         report.rows_read += len(block)
         known = list(_recognise(block, config, report, has_chat_template=bool(tokenizer.chat_template)))
-        for (row, _), tokens in zip(known, tokenize([preference for _, preference in known]), strict=True):
+        for (row, preference), tokens in zip(known, tokenize([preference for _, preference in known]), strict=True):
             try:
                 if isinstance(tokens, RowError):
                     raise tokens
@@ -50,11 +52,14 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
                 _drop(row, error, config, report)
                 continue
             groups.append(group)
-            for change in changes:
-                report.count(change, row.place)
+            report.example = report.example or excerpt(group, tokenizer)
+            is_plain = config.apply_chat_template is None and not preference.is_chat and bool(tokenizer.chat_template)
+            notes = report.totals.add(group, tokenizer) + ["plain_text"] * is_plain
+            for cause, message in (changes | dict.fromkeys(notes, "")).items():
+                report.count(cause, row.place, message)
     report.finish(groups)
     if not groups:
-        raise UserError(f"--data {config.data}: no usable row\n{report.render()}")
+        raise UserError(f"--data {config.data}: no usable rows\n{report.render()}")
     return groups, report
 
 
@@ -65,9 +70,16 @@ def _recognise(
         try:
             if row.error:
                 raise RowError("broken_json", row.error)
-            yield row, to_preference(row.value, config, has_chat_template=has_chat_template)
+            preference = to_preference(row.value, config, has_chat_template=has_chat_template)
         except RowError as error:
             _drop(row, error, config, report)
+            continue
+        if row.has_duplicate_keys:
+            report.count("duplicate_keys", row.place)
+        for name in preference.unused:
+            if name not in report.unused:
+                report.unused[name] = near_miss(name, config)
+        yield row, preference
 
 
 def _drop(row: SourceRow, error: RowError, config: DataConfig, report: DataReport) -> None:

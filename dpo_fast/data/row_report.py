@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_fast.data.pair_totals import PairTotals
 from dpo_fast.packs.layout import Group
 
 DROPPED = {
@@ -13,6 +14,9 @@ DROPPED = {
     "missing_field": "a field is missing",
     "empty_answer": "an answer is empty",
     "identical_answers": "both answers are the same",
+    "media": "images, video and sound are not supported yet",
+    "no_assistant_turn": "an answer holds no turn of the assistant",
+    "nothing_scored": "max_length leaves no scored token of an answer",
     "tied_scores": "no two responses differ in score, by min_score_gap at least",
     "template_error": "the chat template refuses the messages",
     "prompt_fills_max_length": "the prompt alone fills max_length",
@@ -23,9 +27,22 @@ CHANGED = {
     "truncated": "an answer lost its end to max_length",
     "prompt_truncated": "the prompt lost its start to max_length",
     "boundary_moved": "the prompt's last tokens merge with the answer's first; the answer begins before them",
+    "differs_from_inference": "an answer is scored in another text than inference would have it",
+    "reasoning_lost": "the chat template strips an answer's reasoning",
+    "tools_lost": "the chat template leaves out the row's tools",
+    "prompt_repeated": "the answers begin with the whole prompt; their copy of it was removed",
+    "duplicate_keys": "a JSON object names a key twice; its last value was read",
+    "end_token_removed": "an answer ends in the template's own end of turn; it is written once",
     "end_token_added": "the chat template gives no end token; the tokenizer's was added",
     "no_end_token": "no end token: the tokenizer has none, so the model cannot learn to stop",
     "no_prompt_token": "no token stands before the answers; their first tokens are not scored",
+}
+NOTED = {
+    "duplicate": "the same pair as in an earlier row",
+    "contradictory": "an earlier row prefers the other answer of the same pair",
+    "near_identical": "the two answers are nearly the same",
+    "plain_text": "strings are read as plain text, although the tokenizer has a chat template; --apply_chat_template "
+    "true wraps them as turns, false says that plain text is meant",
 }
 SHOWN_ROWS = 5
 
@@ -47,8 +64,11 @@ class DataReport:
         source: file or data set.
         rows_read: rows seen.
         rows_used: rows that became a group.
-        causes: for each cause (`DROPPED`, `CHANGED`) the places of its rows, such as `line 12`.
+        causes: for each cause (`DROPPED`, `CHANGED`, `NOTED`) the places of its rows, such as `line 12`.
         first_message: for each cause its first row's message.
+        unused: columns that hold something and were not read, each with the known name that it resembles, or None.
+        totals: of the pairs.
+        example: the first row that is used, as it is trained on.
         tokens: with each prompt once.
         tokens_unshared: with one copy of the prompt per answer.
         tokens_padded: with every sequence padded to the longest of all.
@@ -59,13 +79,16 @@ class DataReport:
     rows_used: int = 0
     causes: dict[str, list[str]] = field(default_factory=dict)
     first_message: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str | None] = field(default_factory=dict)
+    totals: PairTotals = field(default_factory=PairTotals)
+    example: str = ""
     tokens: int = 0
     tokens_unshared: int = 0
     tokens_padded: int = 0
 
     def count(self, cause: str, place: str, message: str = "") -> None:
         """One more row of a cause."""
-        assert cause in DROPPED or cause in CHANGED
+        assert cause in DROPPED or cause in CHANGED or cause in NOTED
         self.causes.setdefault(cause, []).append(place)
         self.first_message.setdefault(cause, message)
 
@@ -85,6 +108,12 @@ class DataReport:
             "rows_used": self.rows_used,
             "dropped": {cause: len(rows) for cause, rows in self.causes.items() if cause in DROPPED},
             "changed": {cause: len(rows) for cause, rows in self.causes.items() if cause in CHANGED},
+            "noted": {cause: len(rows) for cause, rows in self.causes.items() if cause in NOTED},
+            "unused_columns": list(self.unused),
+            "pairs": self.totals.pairs,
+            "chosen_longer": self.totals.chosen_longer,
+            "rejected_longer": self.totals.rejected_longer,
+            "ends": dict(self.totals.ends),
             "tokens": self.tokens,
             "tokens_unshared": self.tokens_unshared,
             "tokens_padded": self.tokens_padded,
@@ -93,12 +122,18 @@ class DataReport:
     def render(self) -> str:
         """A few lines for the terminal."""
         lines = [f"{self.source}: {self.rows_read} rows read, {self.rows_used} used"]
-        for verb, sentences in (("dropped", DROPPED), ("changed", CHANGED)):
+        for verb, sentences in (("dropped", DROPPED), ("changed", CHANGED), ("noted", NOTED)):
             for cause, sentence in sentences.items():
                 if cause in self.causes:
                     lines.append(f"  {verb} {len(self.causes[cause])}: {sentence} [{cause}; {self._places(cause)}]")
-                    if verb == "dropped" and self.first_message[cause]:
+                    if self.first_message[cause]:
                         lines.append(f"    {self.causes[cause][0]}: {self.first_message[cause]}")
+        if self.unused:
+            names = (repr(name) + (f" (did you mean {near!r}?)" if near else "") for name, near in self.unused.items())
+            lines.append(f"  unused columns: {', '.join(names)}")
+        lines += [f"  {line}" for line in self.totals.lines()]
+        if self.example:
+            lines.append(f"  first row, ⟦scored⟧: {self.example}")
         if self.tokens:
             lines.append(
                 f"  {self.tokens} tokens with each prompt once; {self.tokens_unshared} with a copy per answer, "

@@ -26,12 +26,29 @@ class SourceRow:
         place: where a person finds it, such as `line 12`.
         value: what stands there, normally a dict; None where it cannot be read.
         error: why not, then.
+        has_duplicate_keys: an object in it names a key twice; the last value was read.
     """
 
     index: int
     place: str
     value: Any
     error: str = ""
+    has_duplicate_keys: bool = False
+
+
+class _Repeating(dict[str, Any]):
+    """A JSON object that names a key twice."""
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(items)
+    return value if len(value) == len(items) else _Repeating(value)
+
+
+def _repeats(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value, _Repeating) or any(map(_repeats, value.values()))
+    return isinstance(value, list) and any(map(_repeats, value))
 
 
 def read_rows(source: str, max_rows: int | None = None) -> Iterator[SourceRow]:
@@ -77,21 +94,21 @@ def _json_lines(lines: Iterable[bytes]) -> Iterator[SourceRow]:
             continue
         value, problem = None, ""
         try:
-            value = json.loads(text.decode())
+            value = json.loads(text.decode(), object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             problem = f"{error.msg} at column {error.colno}"
         except UnicodeDecodeError as error:
             problem = f"not UTF-8 text at byte {error.start + 1}"
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
             problem = str(error)
-        yield SourceRow(index, f"line {number}", value, problem)
+        yield SourceRow(index, f"line {number}", value, problem, _repeats(value))
         index += 1
 
 
 def _json_rows(path: Path) -> Iterator[SourceRow]:
     text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise UserError(
@@ -108,7 +125,7 @@ def _json_rows(path: Path) -> Iterator[SourceRow]:
     if not isinstance(rows, list):
         raise UserError(f"--data {path}: expected a list of rows, found {_kind(rows)}")
     for index, value in enumerate(rows):
-        yield SourceRow(index, f"row {index}", value)
+        yield SourceRow(index, f"row {index}", value, has_duplicate_keys=_repeats(value))
 
 
 def _parquet_rows(path: Path) -> Iterator[SourceRow]:
@@ -119,7 +136,7 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for value in batch.to_pylist():
-                yield SourceRow(index, f"row {index}", value)
+                yield SourceRow(index, f"row {index}", _without_nulls(value))
                 index += 1
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"--data {path}: not a parquet file: {error}") from error
@@ -139,7 +156,14 @@ def _hub_rows(source: str) -> Iterator[SourceRow]:
             f"{first_line}"
         ) from error
     for index, value in enumerate(dataset):
-        yield SourceRow(index, f"row {index}", value)
+        yield SourceRow(index, f"row {index}", _without_nulls(value))
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that are null: columnar files fill in the keys that other rows have, at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _kind(value: Any) -> str:

@@ -71,7 +71,7 @@ def check_packed_forward(policy: Policy, groups: list[Group]) -> Verdict:
     """
     probes = _probe_groups(groups, attention_windows(policy.model))
     with own_attention(policy.model):
-        plain = [torch.cat([_plain_logps(policy, group, answer) for answer in group.answers]) for group in probes]
+        plain = [torch.cat([_plain_logps(policy, group, i) for i in range(len(group.answers))]) for group in probes]
     reason = _why_not_packed(replace(policy, shares_prompts=True), probes, plain)
     if not reason:
         return Verdict(shares_prompts=True)
@@ -132,8 +132,9 @@ def _largest_difference(left: list[Tensor], right: list[Tensor], groups: list[Gr
     return max(found, key=lambda pair: (math.isnan(pair[0]), pair[0]))
 
 
-def _plain_logps(policy: Policy, group: Group, answer: np.ndarray) -> Tensor:
+def _plain_logps(policy: Policy, group: Group, number: int) -> Tensor:
     """Log-probs of one answer's scored tokens by the model's own forward and torch's log_softmax."""
+    answer = group.answers[number]
     ids = torch.from_numpy(np.concatenate([group.prompt_ids, answer]).astype(np.int64)).to(policy.device)
     num_targets = min(len(answer), len(ids) - 1)
     # Logits of a long prompt would take more memory than training does.
@@ -141,4 +142,5 @@ def _plain_logps(policy: Policy, group: Group, answer: np.ndarray) -> Tensor:
     options = {"logits_to_keep": num_targets + 1} if can_cut else {}
     with policy.autocast():
         logits = policy.model(input_ids=ids[None], use_cache=False, **options).logits[0, -num_targets - 1 : -1]
-    return logits.float().log_softmax(-1).gather(-1, ids[-num_targets:, None])[:, 0].cpu()
+    logps = logits.float().log_softmax(-1).gather(-1, ids[-num_targets:, None])[:, 0].cpu()
+    return logps[torch.from_numpy(group.targets(number)) - (len(answer) - num_targets)]

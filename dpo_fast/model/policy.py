@@ -161,9 +161,9 @@ class Policy:
         parts = []
         for answer, segment in enumerate(batch.answer_segments):
             keys = batch.kv_index[key_bounds[segment] : key_bounds[segment + 1]]
-            num_targets = target_bounds[answer + 1] - target_bounds[answer]
+            before_targets = batch.hidden_index[target_bounds[answer] : target_bounds[answer + 1]]
             decoded = self._decode(batch.input_ids[keys])
-            parts.append(replace(decoded, rows=decoded.rows[len(keys) - 1 - num_targets : len(keys) - 1]))
+            parts.append(replace(decoded, rows=decoded.rows[torch.searchsorted(keys, before_targets)]))
         routers = zip(*(part.router_logits for part in parts), strict=True)
         return _Decoded(torch.cat([part.rows for part in parts]), tuple(torch.cat(layer) for layer in routers))
 

@@ -13,7 +13,8 @@ which varlen attention kernels support.
 
 The log-prob of an answer token is read from the hidden state one position earlier; for the first token of each answer
 that is the prompt's last token. `hidden_index` and `targets` list these (row, token) pairs answer by answer; no other
-rows reach the LM head. `cu_answers` marks where each answer starts.
+rows reach the LM head. `cu_answers` marks where each answer starts. In an answer of several turns only the assistant's
+turns are targets; the user's turns in between are context (`Group.scored`).
 """
 
 from __future__ import annotations
@@ -64,12 +65,26 @@ class Group:
         prompt_ids: (L,) int32, may be empty.
         answers: k arrays (A_i,) int32, each with at least one token, end token included.
         ranking: how the answers compare.
+        scored: for each answer an (A_i,) bool mask of the tokens that are targets, None for all of them; empty if all
+            tokens of all answers are.
     """
 
     row: int
     prompt_ids: np.ndarray
     answers: tuple[np.ndarray, ...]
     ranking: Ranking = Ranking()
+    scored: tuple[np.ndarray | None, ...] = ()
+
+    def targets(self, answer: int) -> np.ndarray:
+        """(N_i,) positions within an answer of its targets.
+
+        Without a prompt nothing stands before an answer's first token, so that token has no log-prob.
+        """
+        first = 0 if len(self.prompt_ids) else 1
+        mask = self.scored[answer] if self.scored else None
+        if mask is None:
+            return np.arange(first, len(self.answers[answer]))
+        return first + np.flatnonzero(mask[first:])
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -188,15 +203,17 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
             if group.ranking.gold is not None:
                 gold.append(num_answers + group.ranking.gold)
         start += prompt_len
-        for answer in group.answers:
+        for number, answer in enumerate(group.answers):
             own = np.arange(start, start + len(answer))
             answer_segments.append(len(ids))
             ids.append(answer)
             positions.append(np.arange(prompt_len, prompt_len + len(answer)))
             keys.append(np.concatenate([prompt, own]))
-            before = prompt[-1:]  # empty if the prompt is
-            hidden.append(np.concatenate([before, own[:-1]]))
-            targets.append(answer[len(answer) - len(hidden[-1]) :])
+            target = group.targets(number)
+            # The row before each token; a first token's is the prompt's last, and not a target without a prompt.
+            before = np.concatenate([prompt[-1:] if prompt_len else own[:1], own[:-1]])
+            hidden.append(before[target])
+            targets.append(answer[target])
             start += len(answer)
         num_answers += len(group.answers)
     return PackedBatch(

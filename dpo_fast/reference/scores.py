@@ -2,7 +2,8 @@
 
 The key of an answer is a hash of the model's fingerprint (weights, names, shapes, dtypes, configuration, adapter,
 numerics), the prompt's tokens and the answer's tokens. So a new learning rate, loss, order or folder finds every row,
-and a new model, template or truncation finds none. Values are fp32, one per scored token, so that losses which
+and a new model, template or truncation finds none. If only some of an answer's tokens are scored, the mask is part of
+the key. Values are fp32, one per scored token, so that losses which
 normalise by length or weigh tokens read the same store.
 """
 
@@ -129,7 +130,7 @@ class Reference:
     def _score(self, groups: Sequence[Group], score: Score) -> dict[bytes, np.ndarray]:
         items = {}
         for group, answers in zip(groups, score_groups(groups, score), strict=True):
-            for number, (answer, logps) in enumerate(zip(group.answers, answers, strict=True)):
+            for number, logps in enumerate(answers):
                 if not np.isfinite(logps).all():
                     place = int(np.flatnonzero(~np.isfinite(logps))[0])
                     raise UserError(
@@ -137,7 +138,7 @@ class Reference:
                         f"{logps[place]}, expected a finite number. Nothing was stored for its pack. Check the model's "
                         "weights and dtype, or leave the row out"
                     )
-                items[self._key(group, answer)] = logps
+                items[self._key(group, number)] = logps
         return items
 
     def verify(
@@ -182,30 +183,28 @@ class Reference:
         return found[:count]
 
     def _find(self, groups: Sequence[Group]) -> list[AnswerLogps | None]:
-        keys = [[self._key(group, answer) for answer in group.answers] for group in groups]
+        keys = [[self._key(group, number) for number in range(len(group.answers))] for group in groups]
         found = self._store.get([key for answers in keys for key in answers])
         result: list[AnswerLogps | None] = []
         for group, group_keys in zip(groups, keys, strict=True):
             answers = tuple(
                 logps
-                for key, answer in zip(group_keys, group.answers, strict=True)
-                if (logps := found.get(key)) is not None and len(logps) == num_scored(group, answer)
+                for number, key in enumerate(group_keys)
+                if (logps := found.get(key)) is not None and len(logps) == len(group.targets(number))
             )
             result.append(answers if len(answers) == len(group.answers) else None)
         return result
 
-    def _key(self, group: Group, answer: np.ndarray) -> bytes:
+    def _key(self, group: Group, number: int) -> bytes:
         digest = xxhash.xxh3_128(self._fingerprint)
         # The prompt's length separates it from the answer.
         digest.update(len(group.prompt_ids).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(group.prompt_ids, dtype="<i4").tobytes())
-        digest.update(np.ascontiguousarray(answer, dtype="<i4").tobytes())
+        digest.update(np.ascontiguousarray(group.answers[number], dtype="<i4").tobytes())
+        mask = group.scored[number] if group.scored else None
+        if mask is not None:
+            digest.update(b"scored" + np.packbits(mask).tobytes())
         return digest.digest()
-
-
-def num_scored(group: Group, answer: np.ndarray) -> int:
-    """Tokens of an answer that have a log-prob: all, but for the first one where there is no prompt before it."""
-    return len(answer) - (len(group.prompt_ids) == 0)
 
 
 def score_groups(groups: Sequence[Group], score: Score) -> list[AnswerLogps]:

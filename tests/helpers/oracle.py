@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,22 @@ def as_policy(model: LlamaForCausalLM) -> Policy:
     return Policy(model, device=torch.device("cpu"), memory_budget=2**30)
 
 
+def masked(groups: list[Group], *, seed: int = 0) -> list[Group]:
+    """The same groups with a random part of each answer scored, at least one token; one group's first answer whole."""
+    rng = np.random.default_rng(seed)
+
+    def mask(answer: np.ndarray) -> np.ndarray:
+        scored = rng.random(len(answer)) < 0.5
+        scored[rng.integers(len(answer))] = True
+        return scored
+
+    masks = [[mask(answer) for answer in group.answers] for group in groups]
+    return [
+        replace(group, scored=(None if i == 0 else own[0], *own[1:]))
+        for i, (group, own) in enumerate(zip(groups, masks, strict=True))
+    ]
+
+
 def random_groups(num: int, vocab_size: int = 320, *, seed: int = 0, num_answers: int = 2) -> list[Group]:
     """Groups of random tokens, lengths 1 and primes among them."""
     rng = np.random.default_rng(seed)
@@ -95,7 +112,8 @@ def padded_sequence_logps(model: LlamaForCausalLM, groups: list[Group], answer: 
     attention = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
     is_answer = torch.zeros_like(attention)
     for row, group in enumerate(groups):
-        is_answer[row, len(group.prompt_ids) : len(sequences[row])] = 1
+        mask = group.scored[answer] if group.scored else None
+        is_answer[row, len(group.prompt_ids) : len(sequences[row])] = 1 if mask is None else torch.from_numpy(mask)
     logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
     logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return (logps * is_answer[:, 1:]).sum(1)

@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from oracle import as_policy, padded_dpo_loss, padded_sequence_logps, random_groups, save_tiny_checkpoint, tiny_llama
+from oracle import (
+    as_policy,
+    masked,
+    padded_dpo_loss,
+    padded_sequence_logps,
+    random_groups,
+    save_tiny_checkpoint,
+    tiny_llama,
+)
 
 from dpo_fast.config import DPOConfig, ModelConfig
 from dpo_fast.errors import UserError
@@ -34,9 +42,10 @@ def reference_set(groups, reference):
     return PairSet(groups, StoredScores(groups, scores))
 
 
+@pytest.mark.parametrize("choose_targets", [list, masked], ids=["all", "masked"])
 @pytest.mark.parametrize("num_answers", [2, 3])
-def test_packed_log_probs_are_those_of_the_padded_model_in_fp64(num_answers):
-    groups = random_groups(6, num_answers=num_answers)
+def test_packed_log_probs_are_those_of_the_padded_model_in_fp64(num_answers, choose_targets):
+    groups = choose_targets(random_groups(6, num_answers=num_answers))
     model = tiny_llama(dtype=torch.float64)
     with torch.no_grad():
         want = torch.stack([padded_sequence_logps(model, groups, a) for a in range(num_answers)], 1)
@@ -212,10 +221,11 @@ def test_bf16_autocast_stays_near_fp32():
     assert half.numerics != as_policy(model).numerics
 
 
-def test_an_architecture_that_packs_do_not_fit_is_computed_answer_by_answer(monkeypatch, caplog):
+@pytest.mark.parametrize("choose_targets", [list, masked], ids=["all", "masked"])
+def test_an_architecture_that_packs_do_not_fit_is_computed_answer_by_answer(monkeypatch, caplog, choose_targets):
     """Positions that are scaled in packs alone stand for any model whose packed forward is another."""
     policy = as_policy(tiny_llama())
-    groups = random_groups(3, seed=8)
+    groups = choose_targets(random_groups(3, seed=8))
     assert check_packed_forward(policy, groups) == Verdict(shares_prompts=True)
     right = policy.score(pack(groups))
     decoder = policy.model.get_decoder()

@@ -49,6 +49,19 @@ def scored(groups, answers):
     return replace(batch, ref_logps=StoredScores(groups, answers).score(batch))
 
 
+def test_only_scored_tokens_are_targets():
+    """The row before a target may hold a token that is none: hidden states come from the whole answer."""
+    masks = (np.array([True, False, False, True]), None)
+    batch = pack([Group(0, ids(1, 2), (ids(20, 21, 22, 23), ids(30, 31)), scored=masks)])
+    assert batch.input_ids.tolist() == [1, 2, 20, 21, 22, 23, 30, 31]
+    assert batch.targets.tolist() == [20, 23, 30, 31]
+    assert batch.hidden_index.tolist() == [1, 4, 1, 6]
+    assert batch.answer_lengths.tolist() == [2, 2]
+    assert batch.num_pair_tokens == 4
+    no_prompt = pack([Group(0, ids(), (ids(20, 21, 22, 23), ids(30, 31)), scored=masks)])
+    assert (no_prompt.targets.tolist(), no_prompt.hidden_index.tolist()) == ([23, 31], [2, 4])
+
+
 def test_pairs_of_a_larger_group_share_their_answers():
     group = Group(3, ids(1), (ids(2), ids(3), ids(4)), Ranking(((2, 0), (0, 1))))
     reference = [tuple(np.array([v], dtype=np.float32) for v in (-1.0, -2.0, -3.0))]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -80,11 +81,25 @@ def test_one_token_more_in_prompt_or_answer_is_another_key(store):
     assert reference.missing([moved, longer, swapped]) == [0, 1]
 
 
+def test_the_mask_of_scored_tokens_is_part_of_the_key(store):
+    group = Group(0, np.array([5, 6], np.int32), (np.array([7, 8, 9], np.int32), np.array([10, 11], np.int32)))
+    masks = [(np.array(first), None) for first in ([True, False, True], [False, True, True])]
+    groups = [group, *(replace(group, scored=mask) for mask in masks)]
+    reference = Reference(store, "model")
+    keys = {reference._key(group, 0) for group in groups}
+    assert len(keys) == 3
+    assert len({reference._key(group, 1) for group in groups}) == 1
+    reference.fill(groups, as_policy(tiny_llama()).score, packs=one_pack(groups))
+    whole, *parts = reference.lookup(groups)
+    np.testing.assert_allclose(parts[0][0], whole[0][[0, 2]], atol=1e-5)
+    np.testing.assert_allclose(parts[1][0], whole[0][[1, 2]], atol=1e-5)
+
+
 def test_a_row_of_the_wrong_length_is_missing(store):
     group = random_groups(1)[0]
     reference = Reference(store, "model")
     reference.fill([group], as_policy(tiny_llama()).score, packs=[[0]])
-    store.put({reference._key(group, group.answers[0]): np.zeros(len(group.answers[0]) + 1, np.float32)})
+    store.put({reference._key(group, 0): np.zeros(len(group.answers[0]) + 1, np.float32)})
     assert reference.missing([group]) == [0]
 
 
