@@ -57,7 +57,8 @@ ROWS = {
 }
 SETTINGS = [(family, {}) for family in FAMILIES] + [("qwen3", {"enable_thinking": False})]
 # What the templates cannot render, and where their own rendering is not what inference has. All else must agree.
-REFUSED = {("gemma", "system"), ("gemma", "tools")}
+# DeepSeek's reads a tool call only if its content is null, and transformers drops nulls.
+REFUSED = {("gemma", "system"), ("gemma", "tools"), ("deepseek", "tools")}
 THINKING = {"thinking", "past thinking"}
 
 
