@@ -240,8 +240,8 @@ def _is_aligned(slot: Slot, grad: Tensor) -> bool:
 @lru_cache(maxsize=8)
 def _table(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """The rows on the device, by a copy that nobody waits for."""
-    host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    host = torch.tensor(rows, dtype=torch.int64)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
 """Choose among variants of a computation: check each, time the correct ones, and keep the choice on disk.
 
 Variants differ only in rounding. A choice is made per GPU, versions, source of the kernels and sizes, so that a machine
-which has chosen once gives the same bits from then on; `enabled = False` (`--autotune false`) always takes the default.
+which has chosen once gives the same bits from then on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dpo_fast")
 
-enabled = True
 _ROUNDS = 5
 _used: dict[str, dict[str, Any]] = {}
 
@@ -59,7 +58,7 @@ def choose(key: str, names: Sequence[str], device: torch.device, make_trial: Cal
     Raises:
         RuntimeError: no variant is correct on this GPU; the message says what each of them did.
     """
-    if not enabled or len(names) == 1 or not _can_time(device):
+    if len(names) == 1 or not _can_time(device):
         return names[0]
     full_key = f"{_machine(device)}, {key}"
     if full_key not in _used:

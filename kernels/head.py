@@ -21,6 +21,7 @@ class HeadKeywords(TypedDict, total=False):
     backend: Backend
     memory_budget: int
     assume_valid: bool
+    autotune: bool
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class HeadOptions:
             backward: slower, with the same result.
         assume_valid: trust that every target is in [0, V). Otherwise targets are checked, which synchronizes with a GPU
             once.
+        autotune: on a GPU, time the variants of the kernels once per size and take the fastest; see `autotune.py`.
+            Otherwise take the default.
 
     Raises:
         ValueError: an option is out of range.
@@ -45,6 +48,7 @@ class HeadOptions:
     backend: Backend = "auto"
     memory_budget: int = DEFAULT_MEMORY_BUDGET
     assume_valid: bool = False
+    autotune: bool = True
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0:
@@ -65,6 +69,7 @@ class Head:
         softcap: see `HeadOptions`.
         scale: 1 / temperature.
         dtype: of products and exponentials, fp32 or fp64.
+        autotune: see `HeadOptions`.
     """
 
     weight: Tensor
@@ -72,6 +77,7 @@ class Head:
     softcap: float | None
     scale: float
     dtype: torch.dtype
+    autotune: bool = True
 
     @property
     def has_epilogue(self) -> bool:

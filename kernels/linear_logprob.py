@@ -111,7 +111,8 @@ class _Call:
 
     def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
         """The head, with the dtype of the products."""
-        return Head(weight, bias, self.options.softcap, 1 / self.options.temperature, _product_dtype(hidden))
+        options, dtype = self.options, _product_dtype(hidden)
+        return Head(weight, bias, options.softcap, 1 / options.temperature, dtype, options.autotune)
 
 
 def linear_logprob(
@@ -133,7 +134,8 @@ def linear_logprob(
         bias: (V,) or None.
         main_grad: (V, D) in fp32 (fp64 if `hidden` is) that the backward adds dW to, for callers who manage gradients
             themselves or tie the head to the embeddings; `weight`, which must require a gradient, then gets none here.
-        **options: fields of `HeadOptions`: `softcap`, `temperature`, `backend`, `memory_budget`, `assume_valid`.
+        **options: fields of `HeadOptions`: `softcap`, `temperature`, `backend`, `memory_budget`, `assume_valid`,
+            `autotune`.
 
     Under autocast the inputs are cast to its dtype, as for a matrix product.
 

@@ -219,7 +219,7 @@ def _exponentials(
     want_stats, (vocab, dim) = sums is not None, head.weight.shape
     variants = _variants(head, hidden, want_stats=want_stats)
     name = next(iter(variants))
-    if len(variants) > 1 and len(hidden) == _block_rows(hidden, vocab, want_stats=want_stats):
+    if head.autotune and len(variants) > 1 and len(hidden) == _block_rows(hidden, vocab, want_stats=want_stats):
         epilogue = f"bias {head.bias is not None}, softcap {head.softcap is not None}, stats {want_stats}"
         key = f"head, rows {len(hidden)}, V {vocab}, D {dim}, {hidden.dtype}, {epilogue}"
 

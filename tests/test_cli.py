@@ -59,6 +59,7 @@ def test_score_again_reads_the_store_and_gives_the_same(folder, capsys):
     assert "token_logps" not in (folder / "first.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_train_by_file_and_by_option(folder, capsys):
     (folder / "c.yaml").write_text("model: model\ndata: rows.jsonl\nmax_steps: 2\nbeta: 0.5\nlogging_steps: 1\n")
     assert main(["train", "--config", "c.yaml", "--output-dir", "run", "--beta", "0.2", "--save-steps=0"]) == 0
@@ -76,6 +77,7 @@ def test_dry_run_is_a_flag(folder):
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 def test_checkpointing_has_two_names(folder, name):
     """transformers 5.23 calls it by the second."""
@@ -145,6 +147,7 @@ def test_mistyped_options_give_one_line(folder, capsys, command, message):
     assert len(error.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_help_lists_commands_and_settings():
     for arguments, words in (([], ["demo", "train", "score"]), (["train"], ["--max_tokens_per_batch", "--beta"])):
         done = subprocess.run(

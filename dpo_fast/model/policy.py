@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dpo_fast.config import ModelConfig
 from dpo_fast.errors import UserError
-from dpo_fast.kernels import autotune
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 from dpo_fast.kernels.head import HeadKeywords
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
@@ -65,6 +64,7 @@ class Policy:
         device: of the model.
         bf16: run the model in bfloat16 autocast.
         memory_budget: bytes that the head may keep.
+        autotune: time the head's kernels once per size on a GPU and take the fastest.
         deterministic_attention: let attention's backward add in a fixed order on a GPU, too.
         shares_prompts: lay a prompt out once for all its answers; false computes answer by answer.
         static_tokens: fill every pack up to this many tokens, so that compiled layers see one size; None fills none.
@@ -77,6 +77,7 @@ class Policy:
     device: torch.device
     bf16: bool = False
     memory_budget: int = HEAD_MEMORY_BUDGET
+    autotune: bool = True
     deterministic_attention: bool = True
     shares_prompts: bool = True
     static_tokens: int | None = None
@@ -89,13 +90,13 @@ class Policy:
         if config.head_memory_budget_gib < 0:
             raise UserError(f"--head_memory_budget_gib {config.head_memory_budget_gib}: expected 0 or above")
         place = Placement.of(config)
-        autotune.enabled = config.autotune
         model: Any = load_model(name or config.model, place.dtype)
         return cls(
             model.to(device=place.device).eval(),
             device=place.device,
             bf16=place.bf16,
             memory_budget=int(config.head_memory_budget_gib * 2**30),
+            autotune=config.autotune,
             deterministic_attention=config.deterministic_attention,
         )
 
@@ -210,6 +211,7 @@ class Policy:
             softcap=getattr(text_config, "final_logit_softcapping", None),
             temperature=divisor,
             memory_budget=self.memory_budget,
+            autotune=self.autotune,
             assume_valid=True,  # token ids of the model's own vocabulary: the embedding has read them
         )
         if want_stats:

@@ -16,6 +16,8 @@ from dpo_fast.config import DataConfig
 from dpo_fast.data.load import load_groups
 from dpo_fast.model.load import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {"prompt": "The capital of France", "chosen": " is Paris.", "rejected": " is London, of England."},
     {"prompt": "Numbers", "chosen": " such as 0 1 2", "rejected": " fox"},

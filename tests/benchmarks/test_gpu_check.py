@@ -14,6 +14,8 @@ import gpu_check
 import gpu_head
 import parts
 
+pytestmark = pytest.mark.slow
+
 
 def run(out, *options):
     command = [sys.executable, gpu_check.__file__, "--tiny", "--out", str(out), *options]

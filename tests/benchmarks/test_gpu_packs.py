@@ -13,6 +13,8 @@ from dpo_fast.model.policy import Policy
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import gpu_packs
 
+pytestmark = pytest.mark.slow
+
 
 def test_packs_without_sharing_score_the_same_tokens(monkeypatch):
     model = tiny_llama()

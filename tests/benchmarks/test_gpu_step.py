@@ -17,6 +17,8 @@ import gpu_step
 import step_contestants
 from step_contestants import Kernel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("kind", "name"),

@@ -189,6 +189,7 @@ def judge(answer, row):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(folder):
     (folder / "counted_signal.py").write_text(COUNTED)
     (folder / "checker.py").write_text("import time\ntime.sleep(0.02)\nprint(2)\n")

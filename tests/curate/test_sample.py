@@ -67,6 +67,7 @@ def test_log_probs_are_those_of_a_plain_forward(model):
     assert checked >= 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.7)])
 def test_first_tokens_come_as_often_as_they_are_likely(model, temperature, top_p):
     number = 4000
@@ -179,6 +180,7 @@ def test_datasets_in_and_out(model):
         assert sum(how["copies"] for how in row["samples"]) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes_to_the_same_answers(model, tmp_path):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS * 6))
     command = ["sample", "--model", model, "--data", "prompts.jsonl", "--max_new_tokens", "8", "--num_samples", "6"]

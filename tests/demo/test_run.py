@@ -12,6 +12,8 @@ from dpo_fast.demo.folder import MARKER, OUTPUTS
 from dpo_fast.demo.run import run_demo
 from dpo_fast.demo.task import is_right, parses
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):

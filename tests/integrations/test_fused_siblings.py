@@ -10,6 +10,8 @@ from two_ranks import Tiny, batch_of, gradients
 import dpo_fast
 from dpo_fast import FusedLinearDPOLoss, FusedLinearKTOLoss, FusedLinearORPOLoss
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     ("CPO", {}),
     ("CPO", {"beta": 0.5, "label_smoothing": 0.2, "compute_nll_loss": False, "average_log_prob": True}),

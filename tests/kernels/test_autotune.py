@@ -131,10 +131,8 @@ def test_a_cache_that_cannot_be_written_costs_timings_alone(timed, monkeypatch, 
     assert choose("k", {"a": lambda: 2.0, "b": lambda: 1.0}) == "b"
 
 
-def test_off_and_without_a_gpu_it_is_the_default(timed, monkeypatch):
+def test_without_a_gpu_it_is_the_default(timed, monkeypatch):
     ways = {"a": lambda: 2.0, "b": lambda: 1.0}
-    monkeypatch.setattr(autotune, "enabled", False)
-    assert choose("k", ways) == "a"
     monkeypatch.undo()
     assert choose("k", ways) == "a"
     assert not timed
@@ -163,3 +161,20 @@ def test_a_run_keeps_its_choices(timed, tmp_path):
     assert read_choices(tmp_path) == {}
     kept.write()
     assert not (tmp_path / CHOICES_FILE).exists(), "written again without a change"
+
+
+@pytest.mark.parametrize(("autotune_it", "taken"), [(True, "fast"), (False, "default")])
+def test_the_head_chooses_only_if_it_is_told_to(timed, monkeypatch, autotune_it, taken):
+    from dpo_fast.kernels import linear_logprob_gpu as gpu
+    from dpo_fast.kernels.head import Head
+
+    called = []
+    variants = {name: lambda *_, name=name: called.append(name) for name in ("default", "fast")}
+    monkeypatch.setattr(gpu, "_variants", lambda *_, **__: variants)
+    monkeypatch.setattr(gpu, "_block_rows", lambda *_, **__: 4)
+    monkeypatch.setattr(gpu, "_empty_exponentials", lambda *_: None)
+    trial = Trial({"default": lambda: 2.0, "fast": lambda: 1.0}, lambda _: True)
+    monkeypatch.setattr(gpu, "make_trial", lambda *_, **__: trial)
+    head = Head(torch.zeros(8, 16), None, None, 1.0, torch.float32, autotune=autotune_it)
+    gpu._exponentials(head, torch.zeros(4, 16), *[torch.zeros(4)] * 3, None, None)
+    assert called == [taken]

@@ -3,6 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_kernels_in_tritons_interpreter(capsys):
     """In a separate process: whether a kernel is interpreted is decided for good when it is decorated.

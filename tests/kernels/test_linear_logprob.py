@@ -171,6 +171,7 @@ def test_no_large_tensor_is_made():
     assert training.largest <= full // 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "v", "d", "dtype", "spread", "options"),
     [

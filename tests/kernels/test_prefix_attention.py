@@ -235,6 +235,7 @@ def test_flex_visits_the_blocks_that_its_mask_has_and_few_others(window, num_gro
     assert mask.shape == (1, 1, *sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_flex_is_compiled_once_for_packs_of_all_sizes(monkeypatch):
     """On a CPU its compiled kernel gives no gradient, but reads the same list of blocks."""

@@ -15,6 +15,8 @@ from dpo_fast.model.load import load_model
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group, Ranking, pack
 
+pytestmark = pytest.mark.slow
+
 COMMON = {
     "vocab_size": 320,
     "hidden_size": 32,

@@ -160,6 +160,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 # Dynamo looks at the .grad of its inputs, and PyTorch warns of that.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_layers_are_compiled_once_for_packs_of_all_sizes():
     groups = random_groups(18, seed=9)
@@ -181,6 +182,7 @@ def test_layers_are_compiled_once_for_packs_of_all_sizes():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_with_static_shapes_all_packs_have_one_size_when_compiled():
     groups = random_groups(18, seed=9)

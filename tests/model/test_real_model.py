@@ -23,6 +23,7 @@ MODEL = os.environ.get("DPO_FAST_TEST_MODEL", "")
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "ultrafeedback_500.jsonl"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not MODEL, reason="DPO_FAST_TEST_MODEL is not set: no SmolLM2 here (benchmarks/smollm2.py)"),
     pytest.mark.skipif(not DATA.exists(), reason=f"no {DATA.name} in shared/data beside the checkout"),
 ]

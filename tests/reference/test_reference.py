@@ -22,6 +22,8 @@ from dpo_fast.reference.fingerprint import model_fingerprint
 from dpo_fast.reference.scores import Reference, score_groups
 from dpo_fast.reference.store import ReferenceStore
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def store(tmp_path):

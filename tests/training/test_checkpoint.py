@@ -24,6 +24,8 @@ from dpo_fast.training.checkpoint import (
     verify_checkpoint,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def write_sample(folder):
     (folder / "model.bin").write_bytes(bytes(range(256)) * 40)

@@ -12,6 +12,8 @@ from dpo_fast.errors import UserError
 from dpo_fast.training.ranks import Ranks
 from dpo_fast.training.run import train
 
+pytestmark = pytest.mark.slow
+
 
 def on_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

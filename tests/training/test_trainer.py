@@ -27,6 +27,8 @@ from dpo_fast.training.loop import Trainer
 from dpo_fast.training.metrics import PAIR_METRICS
 from dpo_fast.training.run import train
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 
 

@@ -20,6 +20,8 @@ from dpo_fast.reference.moving import MovingReference
 from dpo_fast.training.run import train
 from dpo_fast.training.step import RewardShift
 
+pytestmark = pytest.mark.slow
+
 QUIET = Console(quiet=True)
 
 

@@ -22,6 +22,8 @@ from dpo_fast.training.metrics import Window
 from dpo_fast.training.run import train
 from dpo_fast.training.step import backward
 
+pytestmark = pytest.mark.slow
+
 
 def scored_batch(policy):
     batch = pack(random_groups(3))

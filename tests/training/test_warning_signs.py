@@ -335,6 +335,7 @@ def test_a_few_pairs_say_nothing(name):
     assert [text for row in rows * 20 for text in signs.observe(row)]
 
 
+@pytest.mark.slow
 def test_healthy_runs_are_not_warned_of():
     counts, texts = false_alarms(12)
     assert not counts.total(), texts
@@ -419,6 +420,7 @@ def warnings_of(result):
     return {text.split(":")[0]: row["step"] for row in result.metrics for text in row.get("warnings", ())}
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_not_warned_of(run):
     result, warnings, output = run(plain, learning_rate=1e-3, max_steps=18)
     assert result.metrics[-1]["rewards/accuracies"] == 1
@@ -430,6 +432,7 @@ def test_a_healthy_run_is_not_warned_of(run):
 TOO_HIGH = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "seed": 2}
 
 
+@pytest.mark.slow
 def test_a_high_learning_rate_lets_both_rewards_fall_and_the_chosen_collapse(run):
     result, warnings, output = run(alike, max_steps=12, **TOO_HIGH)
     assert warnings.keys() == {"both rewards fall", "the chosen log-prob collapses"}
@@ -442,6 +445,7 @@ def test_a_high_learning_rate_lets_both_rewards_fall_and_the_chosen_collapse(run
     assert cured[1] == {}
 
 
+@pytest.mark.slow
 def test_a_warning_from_before_is_not_given_again_after_a_resume(run, tmp_path):
     settings = {"max_steps": 18, "save_steps": 6, **TOO_HIGH}
     whole, warnings, _ = run(alike, **settings)
@@ -455,6 +459,7 @@ def test_a_warning_from_before_is_not_given_again_after_a_resume(run, tmp_path):
     assert [row.get("warnings") for row in again.metrics] == [row.get("warnings") for row in whole.metrics]
 
 
+@pytest.mark.slow
 def test_chosen_answers_that_are_always_longer(run):
     settings = {"learning_rate": 3e-4, "max_steps": 36, "per_device_train_batch_size": 32}
     _, warnings, _ = run(longer, num_rows=192, **settings)
@@ -472,6 +477,7 @@ def knowing(run, tmp_path):
     return str(result.model_dir)
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_the_chosen_answers_already(run, knowing, tmp_path):
     settings = {"model": knowing, "learning_rate": 1e-5, "max_steps": 6, "save_steps": 3}
     _, warnings, output = run(known, **settings)
@@ -482,6 +488,7 @@ def test_a_model_that_knows_the_chosen_answers_already(run, knowing, tmp_path):
     assert run(known, resume=begun, output_dir=str(tmp_path / "elsewhere"), **settings)[1] == {}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_far_from_its_reference_already(run, knowing, base):
     settings = {"learning_rate": 1e-5, "max_steps": 6}
     _, warnings, output = run(known, model=knowing, ref_model=base, **settings)

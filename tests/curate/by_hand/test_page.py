@@ -6,6 +6,8 @@ import shutil
 import pytest
 from by_hand_pages import page_of, session_of
 
+pytestmark = pytest.mark.slow
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = "/usr/bin/chromium"
 if shutil.which(CHROMIUM) is None:

@@ -115,6 +115,7 @@ def program(folder):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing_and_an_interrupt_writes_the_result(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ROWS)
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"

@@ -14,6 +14,8 @@ from dpo_fast.curate.verdict import Question
 from dpo_fast.curate.workers.pool import judge_texts
 from dpo_fast.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import json, os, signal, sys, time
 answer = sys.stdin.read()

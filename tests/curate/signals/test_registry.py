@@ -120,6 +120,7 @@ def copy(tmp_path_factory):
     return folder, run
 
 
+@pytest.mark.slow
 def test_a_new_signal_takes_one_file_of_code(copy):
     folder, run = copy
     command = ["--data", "rows.jsonl", "--out", "out.jsonl", "--signals", "vowels:letters", "--timeout", "0.5"]

@@ -16,6 +16,8 @@ from dpo_fast.curate.verdict import Question
 from dpo_fast.curate.workers import handle
 from dpo_fast.curate.workers.pool import judge_texts
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_does_not_come_back_is_killed(own, monkeypatch):
     monkeypatch.setattr(handle, "KILL_GRACE", 0.5)
