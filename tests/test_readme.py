@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from oracle import save_tiny_checkpoint
 
@@ -11,6 +12,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
+@pytest.mark.slow
 def test_train_block(tmp_path, monkeypatch):
     (block,) = [b for b in BLOCKS if "train(" in b]
     monkeypatch.chdir(tmp_path)
@@ -47,6 +49,7 @@ def test_head_blocks():
     torch.testing.assert_close(names["loss"], padded, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_curate_block(tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "curate.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ from dpo_fast.integrations import patch
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "drop_in.md").read_text()
 LOOP, TRL, PATCH = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(line) for line in IGNORED]
+pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(line) for line in IGNORED)]
 
 
 class Recording(TRLTrainer):

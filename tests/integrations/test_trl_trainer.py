@@ -21,7 +21,7 @@ import dpo_fast.reference.fill
 from dpo_fast.integrations.trl import DPOTrainer
 from dpo_fast.integrations.trl_options import refusals
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(line) for line in IGNORED]
+pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(line) for line in IGNORED)]
 OPTIONS = {
     "defaults": {},
     "accumulation": {"gradient_accumulation_steps": 2, "max_steps": 8},
