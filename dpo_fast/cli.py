@@ -221,12 +221,16 @@ def make_parser(*, wants_help: bool = False) -> Parser:
 
 
 def _name_choices(parser: Parser) -> None:
-    """Add all losses to the help of `--loss_type` and all signals to that of `--signals`."""
+    """Add all losses, optimizers and signals to the help of the options that name them."""
     for action in parser._actions:
         if action.dest == "signals":
             from dpo_fast.curate.signals.registry import known_signals
 
             action.help = f"{action.help} Signals: {known_signals()}"
+        if action.dest == "optim":
+            from dpo_fast.training.optimizers import OPTIMIZERS
+
+            action.help = f"{action.help} Optimizers: {', '.join(OPTIMIZERS)}"
         if action.dest == "loss_type":
             from dpo_fast.losses import LOSSES
 

@@ -404,7 +404,7 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         learning_rate: peak learning rate.
         lr_scheduler_type: name of a transformers schedule (`linear`, `cosine`, `constant_with_warmup`, ...).
         warmup_steps: warm-up steps; a value below 1 is a share of all steps.
-        optim: `adamw_torch`, or `adamw_8bit` (bitsandbytes).
+        optim: name of the optimizer.
         adam_beta1: Adam's first decay.
         adam_beta2: Adam's second decay.
         adam_epsilon: Adam's epsilon.
@@ -438,7 +438,7 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "linear"
     warmup_steps: float = 0
-    optim: Literal["adamw_torch", "adamw_8bit"] = "adamw_torch"
+    optim: str = "adamw_torch"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8

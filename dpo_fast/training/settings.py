@@ -12,6 +12,7 @@ from dpo_fast.losses.objective import any_loss, check_loss, needs_reference
 from dpo_fast.model.policy import warn_if_weights_cannot_move
 from dpo_fast.packs.layout import Group
 from dpo_fast.training.metrics import METRICS_FILE
+from dpo_fast.training.optimizers import check_optimizer
 
 
 def check_config(config: DPOConfig) -> None:
@@ -19,6 +20,7 @@ def check_config(config: DPOConfig) -> None:
     if not config.data:
         raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
     check_loss(config)
+    check_optimizer(config.optim)
     for name in ("beta", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "adam_epsilon"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
