@@ -211,14 +211,15 @@ def adamw_step_(
     last place of fp32, by which an update differs from a CPU's; now and then that tips the rounding of the 24th bit.
 
     Args:
-        slots: of one device and one dtype.
+        slots: of one device and one dtype, whose weights share no memory; neither is checked.
         grads: of the weights' shape, dtype and device; one that is not contiguous is copied.
         hyper: the step's scalars.
         factor: fp32 scalar on the same device by which gradients are multiplied, as for clipping; read on the device.
         backend: "auto", "torch" or "triton".
 
     Raises:
-        ValueError: a gradient does not fit its weight, or weights share memory.
+        ValueError: a gradient does not fit its weight, there are more of one than of the other, or the backend
+            cannot take these tensors.
     """
     pairs = [(s, g.contiguous()) for s, g in zip(slots, grads, strict=True) if _fits(s, g) and g.numel()]
     if not pairs:

@@ -32,8 +32,9 @@ V_FRACTION, V_OCTAVES, V_HEADROOM = (tl.constexpr(x) for x in (SECOND.fraction, 
 # Fields of a tensor's row in the table: five addresses, the number of elements, and two that are empty.
 FIELDS = tl.constexpr(8)
 ALIGNMENT = 16
-# One warp is one program, and a block of 256 elements is 8 per thread: 16 bytes of each 2-byte stream.
-OPTIONS = {"BLOCKS": 16, "PREFETCH": True, "num_warps": 1, "enable_fp_fusion": False}
+# One warp is one program, and a block of 256 elements is 8 per thread: 16 bytes of each 2-byte stream. Of 1 to 64
+# blocks, with and without prefetch, 4 with prefetch were the fastest on an H200: 2.91 ms per 1e9 parameters.
+OPTIONS = {"BLOCKS": 4, "PREFETCH": True, "num_warps": 1, "enable_fp_fusion": False}
 
 
 @triton.jit

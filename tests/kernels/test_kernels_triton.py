@@ -14,7 +14,7 @@ def test_kernels_in_tritons_interpreter(capsys):
     Prints the table of errors, whatever pytest's options for output.
     """
     files = sorted(map(str, Path(__file__).parent.glob("interpreted_*.py")))
-    assert len(files) == 4
+    assert len(files) == 5
     command = [sys.executable, "-m", "pytest", "-q", "-s", *files]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
