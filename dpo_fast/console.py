@@ -68,7 +68,7 @@ class ProgressLine:
         self._progress.advance(self._task, amount)
 
     def report(self, label: str, metrics: dict[str, float]) -> None:
-        """Show figures beside the bar, or print them as a line where there is no terminal."""
+        """Show figures next to the bar, or print them as a line if there is no terminal."""
         text = format_metrics(metrics)
         self._progress.update(self._task, figures=text)
         if not self._progress.console.is_terminal:

@@ -1,6 +1,6 @@
 """Files and folders that are whole or not there, whatever kills the process and whenever.
 
-A folder is staged under a hidden name beside its place, every file is synced, a manifest of sizes and xxh3 hashes is
+A folder is staged under a hidden name next to its place, every file is synced, a manifest of sizes and xxh3 hashes is
 written last, and one rename makes it visible. It is valid when its manifest holds.
 
 All of this happens under a lock on the folder around it, which the kernel drops when its holder dies. Whoever has the

@@ -169,7 +169,7 @@ class DPOTrainer(TRLTrainer):
         return [group_of(example, row, self.args.max_length) for row, example in enumerate(some)]
 
     def get_train_dataloader(self) -> Any:
-        """Transformers', with the rows of a step dealt to the processes so that their packs cost alike."""
+        """Transformers', with the rows of a step dealt to the processes so that their packs cost about the same."""
         loader: Any = super().get_train_dataloader()
         ranks, args = Ranks.current(), self.args
         as_trl_cuts_it = any_loss(self.loss_config, lambda facts: facts.compares_pairs) or self.aux_loss_enabled

@@ -1,4 +1,4 @@
-"""What is known of a loss beside its formula, declared where it is defined; whatever asks about losses asks here."""
+"""The facts of a loss, declared where it is defined; whatever needs to know about losses asks here."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def _source(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with `chat_template` (a file of Jinja) in place of its own where given."""
+    """The model's tokenizer, with `chat_template` (a file of Jinja) in place of its own if given."""
     from transformers import AutoTokenizer
 
     source, extra = _source(model)

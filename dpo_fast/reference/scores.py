@@ -72,7 +72,7 @@ class Reference:
             if not all(np.isfinite(logps).all() for logps in answers):
                 raise UserError(
                     f"the stored reference scores of row {group.row} are not finite: {self._store.path} is damaged. "
-                    "Remove it (the scores are made anew), or name another file with --reference_store"
+                    "Remove it (the scores are recomputed), or name another file with --reference_store"
                 )
         return whole
 
@@ -147,7 +147,7 @@ class Reference:
         """Score a few stored groups again and compare.
 
         Args:
-            groups: candidates; those without scores are passed over.
+            groups: candidates; those without scores are skipped.
             score: as for `fill`.
             tolerance: nats that a token may differ by; packs differ by rounding.
             sample: groups that are looked at.
@@ -168,7 +168,7 @@ class Reference:
                         f"the stored reference scores of row {group.row} are not the model's: answer {number}, scored "
                         f"token {place} has {old[place]:.6g} in {self._store.path}, the model gives {new[place]:.6g} "
                         f"(expected to agree to {tolerance:g} nats). The file is damaged or was written by other "
-                        "software: remove it (the scores are made anew), or name another file with --reference_store"
+                        "software: remove it (the scores are recomputed), or name another file with --reference_store"
                     )
 
     def _stored(self, groups: Sequence[Group], order: Sequence[int], count: int) -> list[int]:

@@ -71,7 +71,7 @@ class ReferenceStore:
         if not is_empty and version != self.SCHEMA:
             raise UserError(
                 f"{self.path} is a reference store of schema {version}, expected {self.SCHEMA}: remove it (the scores "
-                "are made anew) or name another file with --reference_store"
+                "are recomputed) or name another file with --reference_store"
             )
         execute("pragma journal_mode = wal")
         # A commit survives the death of the process; the last ones may be lost with the power, and are scored again.
@@ -134,7 +134,7 @@ class ReferenceStore:
         """Turn SQLite's errors into messages with a cure."""
         cures = {
             sqlite3.SQLITE_NOTADB: "it is not a SQLite file",
-            sqlite3.SQLITE_CORRUPT: "it is damaged; remove it with its -wal and -shm files (the scores are made anew)",
+            sqlite3.SQLITE_CORRUPT: "it is damaged; remove it with its -wal and -shm files (the scores are recomputed)",
             sqlite3.SQLITE_READONLY: "make the file and its folder writable",
             sqlite3.SQLITE_CANTOPEN: "make the file and its folder writable",
             sqlite3.SQLITE_FULL: "free disk space and run again, nothing stored is lost",

@@ -1,12 +1,17 @@
-"""The loop.
+"""The training loop.
 
-run            `train`: from rows to a prepared loop
-loop           steps, reports, checkpoints, the final model
+run            `train`: rows -> plan -> policy -> reference -> a `Trainer`
+plan           batch, token budget, precision and steps, decided once
+ranks          who this process is, and what is summed over processes
+references     the reference of a run
+loop           steps, evaluation, checkpoints, the final model
 step           what a pack adds to a step
-settings       what no run can have
+reporter       metrics file, progress line, warnings
+signals        SIGTERM and Ctrl-C
+settings       what is refused before anything runs
 guards         what stops a run
 metrics        what a run reports
-optimizers     optimizers and schedules
-checkpoint     what can be resumed
+optimizers     optimizers by name, and schedules
+checkpoint     what a run is resumed from
 warning_signs  what a run is warned of
 """

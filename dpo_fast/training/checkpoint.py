@@ -55,17 +55,17 @@ def verify_checkpoint(path: Path) -> list[str]:
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None. Broken ones are passed over with a warning."""
+    """The newest whole checkpoint of a run, or None. Broken ones are skipped with a warning."""
     for _, path in sorted(_checkpoints(output_dir), reverse=True):
         problems = verify_checkpoint(path)
         if not problems:
             return path
-        logger.warning("%s is broken and passed over: %s", path, "; ".join(problems))
+        logger.warning("%s is broken and skipped: %s", path, "; ".join(problems))
     return None
 
 
 def resolve_resume(resume: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from: None, the newest whole one for `auto`, or the folder that is named.
+    """The checkpoint to resume from: None, the newest whole one for `auto`, or the folder that is named.
 
     Raises:
         UserError: the named folder is missing or broken.
@@ -105,7 +105,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; this folder cannot be gone on with, only loaded as a model") from error
+        raise UserError(f"{path}: missing; cannot resume from this folder, it can only be loaded as a model") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not a training state, or a damaged one; resume from another checkpoint") from error
     return state

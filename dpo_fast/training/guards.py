@@ -1,10 +1,9 @@
-"""What stops a run that must not go on."""
+"""Checks that stop a run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ from dpo_fast.errors import TrainingError
 from dpo_fast.losses.objective import loss_at_reference, slope_at_reference
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPOConfig, policy: Policy) -> None:
@@ -77,6 +73,6 @@ class FiniteWatch:
             bad = list(rows) if finite.ndim == 0 else [r for r, ok in zip(rows, finite.tolist(), strict=True) if not ok]
             raise TrainingError(
                 f"the {what} of step {step} is not finite (data rows, from 0: {', '.join(map(str, bad))}). Nothing was "
-                "saved after it; look at these rows, lower --learning_rate, or go on from the last checkpoint with "
+                "saved after it; look at these rows, lower --learning_rate, or resume from the last checkpoint with "
                 "--resume auto"
             )

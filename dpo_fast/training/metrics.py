@@ -123,7 +123,7 @@ class Window:
         self._tokens += batch.num_tokens
         self._pairs += batch.num_pairs
         self._padding += padding
-        # A group above the budget gets a pack of its own, which is then full.
+        # A group above the budget gets its own pack, which is then full.
         self._room += max(self._max_tokens, batch.num_tokens)
 
     @contextmanager

@@ -66,12 +66,12 @@ def check_scores(config: DPOConfig, groups: list[Group]) -> None:
 
 
 def refuse_to_overwrite(config: DPOConfig, output_dir: Path) -> None:
-    """A folder that holds a run is gone on with or, on request, started anew; never mixed. A file is no folder."""
+    """Two runs never share a folder: one that holds a run is resumed or, on request, overwritten."""
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: {there} is not a folder that can be written to; choose another")
     if (output_dir / METRICS_FILE).exists() and config.resume is None and not (config.overwrite or config.dry_run):
         raise UserError(
-            f"--output_dir {output_dir} holds a run: go on with it by --resume auto, start anew by --overwrite true, "
+            f"--output_dir {output_dir} holds a run: resume it with --resume auto, start over with --overwrite true, "
             "or choose another folder"
         )

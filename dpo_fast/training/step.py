@@ -66,7 +66,7 @@ def backward(
 
 
 class RewardShift:
-    """The mean reward over all pairs of earlier steps, chosen and rejected answers alike; stays on the device."""
+    """The mean reward over all pairs of earlier steps, of chosen and rejected answers; stays on the device."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -87,5 +87,5 @@ class RewardShift:
         return {"sum": self._sum, "num_pairs": self._num_pairs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore from `state_dict`."""
         self._sum, self._num_pairs = state["sum"], state["num_pairs"]

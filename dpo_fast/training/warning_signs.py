@@ -1,6 +1,6 @@
-"""What tells that a run goes wrong while its loss falls: warnings, which stop nothing.
+"""Signs that a run goes wrong while its loss falls: they warn and stop nothing.
 
-A sign is a pure function of the reports so far (the rows of `metrics.jsonl`) and of the run's settings. It says what
+A diagnostic is a pure function of the reports so far (the rows of `metrics.jsonl`) and of the run's settings. It says what
 was seen, what that means and what to do, or None. It reads figures that the report has brought to the host, so it never
 waits for a device. docs/warnings.md has the reasons for the numbers below, and how often they warn of a healthy run.
 """
@@ -120,7 +120,7 @@ def _starts_at_reference(config: DPOConfig) -> bool:
     return needs_reference(config) and config.ref_model in (None, config.model)
 
 
-Sign = Callable[[Sequence[Row], DPOConfig, int], str | None]
+Diagnostic = Callable[[Sequence[Row], DPOConfig, int], str | None]
 
 
 class _Fall:
@@ -195,7 +195,7 @@ def chosen_collapses(rows: Sequence[Row], config: DPOConfig, num_distinct: int) 
 
 
 def _hold_up(config: DPOConfig) -> str:
-    """The options that keep the chosen answers likely, beside those that are set already."""
+    """The options that keep the chosen answers likely, apart from those that are set already."""
     names = loss_names(config)
     if any_loss(config, lambda facts: facts.reads_chosen_alone):
         return "a larger weight of sft in --loss_weights"
@@ -249,7 +249,7 @@ def separated_at_first(rows: Sequence[Row], config: DPOConfig, num_distinct: int
     )
 
 
-SIGNS: tuple[Sign, ...] = (both_rewards_fall, chosen_collapses, margins_follow_length, separated_at_first)
+DIAGNOSTICS: tuple[Diagnostic, ...] = (both_rewards_fall, chosen_collapses, margins_follow_length, separated_at_first)
 
 
 def separated_by_reference(groups: Sequence[Group], references: Sequence[AnswerLogps]) -> str | None:
@@ -291,7 +291,7 @@ class WarningSigns:
         self._num_pairs = num_pairs
         self._at_start = list(at_start)
         self._rows: list[Row] = []
-        self._absent: dict[Sign, int] = {}
+        self._absent: dict[Diagnostic, int] = {}
 
     @classmethod
     def of_run(
@@ -306,13 +306,13 @@ class WarningSigns:
     def observe(self, row: Row) -> list[str]:
         """What is new with this report, a row of `metrics.jsonl`; a row of an evaluation says nothing.
 
-        A resumed run shows the rows of its earlier part first, so that it goes on as if it had not been stopped.
+        A resumed run shows the rows of its earlier part first, so that it warns as if it had not been stopped.
         """
         if "num_pairs" not in row:
             return []
         self._rows.append(row)
         new, self._at_start = self._at_start, []
-        for sign in SIGNS:
+        for sign in DIAGNOSTICS:
             text = sign(self._rows, self._config, self._num_pairs)
             if text is None:
                 self._absent[sign] = self._absent.get(sign, GONE_AFTER) + 1
