@@ -258,7 +258,7 @@ def kto_term(beta: float, gain: Tensor) -> Tensor:
 def sft(pairs: PairLogps, config: LossConfig) -> Tensor:
     """-log pi(w|x) / |w|: the chosen answer's cross-entropy, to be added to another loss by `loss_weights`.
 
-    The second term of RPO, Pang et al. 2024 (arXiv 2404.19733), eq. 1. Each answer has the same weight; TRL averages over all
+    The second term of RPO, Pang et al. 2024 (arXiv 2404.19733), eq. 1. Answers have equal weight; TRL averages over all
     chosen tokens of a batch, so that long answers count more. Lengths; no reference.
     """
     return -pairs.chosen_mean

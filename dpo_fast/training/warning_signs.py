@@ -1,8 +1,9 @@
 """Signs that a run goes wrong while its loss falls: they warn and stop nothing.
 
-A diagnostic is a pure function of the reports so far (the rows of `metrics.jsonl`) and of the run's settings. It says what
-was seen, what that means and what to do, or None. It reads figures that the report has brought to the host, so it never
-waits for a device. docs/warnings.md has the reasons for the numbers below, and how often they warn of a healthy run.
+A diagnostic is a pure function of the reports so far (the rows of `metrics.jsonl`) and of the run's settings. It says
+what was seen, what that means and what to do, or None. It reads figures that the report has brought to the host, so it
+never waits for a device. docs/warnings.md has the reasons for the numbers below, and how often they warn of a healthy
+run.
 """
 
 from __future__ import annotations

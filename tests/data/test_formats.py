@@ -7,11 +7,11 @@ from oracle import tiny_tokenizer
 from preference_rows import LONDON, PARIS, USER
 
 from dpo_fast.config import DataConfig
-from dpo_fast.data.formats import choose_pairs, to_preference
+from dpo_fast.data.formats import FORMATS, Draft, choose_pairs, data_format, to_preference
 from dpo_fast.data.load import load_groups
 from dpo_fast.data.row_report import RowError
 from dpo_fast.errors import UserError
-from dpo_fast.packs.layout import pack
+from dpo_fast.packs.layout import Ranking, pack
 
 
 @pytest.mark.parametrize(
@@ -205,3 +205,24 @@ def test_a_margin_is_the_gap(tmp_path):
     path.write_text(json.dumps({"prompt": "a", "chosen": " b", "rejected": " c", "margin": 2.25}) + "\n")
     groups, _ = load_groups(DataConfig(data=str(path), margin_column="margin"), tiny_tokenizer())
     assert pack(groups).score_gaps.tolist() == [2.25]
+
+
+def test_a_new_format_is_read_by_its_definition_alone(tmp_path):
+    """Rows of a question, a list of answers and the place of the best one."""
+
+    @data_format
+    def best_of_two(row, config):
+        if row.get("best") is None:
+            return None
+        answers = row.require("answers")
+        return Draft(row.require("asked"), answers, ["answers"] * 2, Ranking(((row.get("best"), 1 - row.get("best")),)))
+
+    rows = [{"asked": "p", "answers": ["a", "b"], "best": 1}, {"prompt": "p", "chosen": "c", "rejected": "d"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        groups, report = load_groups(DataConfig(data=str(path)), tiny_tokenizer())
+    finally:
+        del FORMATS["best_of_two"]
+    assert [group.pairs for group in groups] == [((1, 0),), ((0, 1),)]
+    assert not report.unused
