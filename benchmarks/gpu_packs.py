@@ -167,9 +167,8 @@ def time_determinism(sizes: dict[str, int], prompt: int, answer: int, pairs: int
     batch = pack(random_groups(pairs, prompt, answer, policy.model.config.vocab_size)).to(policy.device)
 
     def step(fixed: bool) -> list[Tensor]:
-        policy.deterministic_attention = fixed
         policy.model.zero_grad()
-        policy.token_logps(batch).sum().backward()
+        replace(policy, deterministic_attention=fixed).token_logps(batch).sum().backward()
         return [x.grad for x in policy.model.parameters()]
 
     runs = {fixed: [[x.clone() for x in step(fixed)] for _ in range(2)] for fixed in (True, False)}

@@ -16,10 +16,21 @@ import gpu_packs
 pytestmark = pytest.mark.slow
 
 
-def test_packs_without_sharing_score_the_same_tokens(monkeypatch):
+def tiny_policy(**sizes):
     model = tiny_llama()
     use_packed_attention(model)
-    policy = Policy(model, device=torch.device("cpu"), memory_budget=2**30)
+    return Policy(model, device=torch.device("cpu"), memory_budget=2**30)
+
+
+def test_runs_with_a_fixed_order_are_compared(monkeypatch):
+    monkeypatch.setattr(gpu_packs, "make_policy", tiny_policy)
+    monkeypatch.setattr(gpu_packs, "interleaved", lambda functions, rounds: [f() for f in functions.values()] and {})
+    out = gpu_packs.time_determinism({}, prompt=8, answer=4, pairs=2)
+    assert (out["same bits in a fixed order"], out["failed"]) == (True, [])
+
+
+def test_packs_without_sharing_score_the_same_tokens(monkeypatch):
+    policy = tiny_policy()
     found = []
 
     def interleaved(functions, rounds):
