@@ -4,6 +4,7 @@ Apart from the tests that start it: a spawned process finds modules by the searc
 the tests' own package.
 """
 
+import json
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dpo_fast import FusedLinearDPOLoss
+from dpo_fast.training.ranks import Ranks
 
 
 class Tiny(nn.Module):
@@ -65,3 +67,16 @@ def gradients(rank, world_size, wrapper, folder: Path):
     torch.distributed.barrier()
     # Tearing down DDP joins gloo's threads while holding the lock that they may be waiting for: leave without it.
     os._exit(0)
+
+
+def share_and_sum(rank, folder: Path):
+    """One of two processes: writes what its `Ranks` says to `RANK.json`."""
+    meeting = f"file://{folder / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    ranks = Ranks.current()
+    x = torch.tensor([1.0, 10.0]) * (rank + 1)
+    total = ranks.sum(x)
+    ranks.wait()
+    found = {"writer": ranks.is_writer, "share": list(ranks.share(5)), "total": total.tolist(), "own": x.tolist()}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from two_ranks import share_and_sum
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
@@ -15,24 +15,8 @@ from dpo_fast.training.run import train
 pytestmark = pytest.mark.slow
 
 
-def on_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    ranks = Ranks.current()
-    x = torch.tensor([1.0, 10.0]) * (rank + 1)
-    total = ranks.sum(x)
-    ranks.wait()
-    found = {
-        "writer": ranks.is_writer,
-        "share": list(ranks.share(5)),
-        "total": total.tolist(),
-        "own": x.tolist(),
-    }
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
 def test_two_processes_share_and_sum(tmp_path):
-    mp.spawn(on_rank, (tmp_path,), nprocs=2)
+    mp.spawn(share_and_sum, (tmp_path,), nprocs=2)
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert zero == {"writer": True, "share": [0, 2, 4], "total": [3, 30], "own": [1, 10]}
     assert one == {"writer": False, "share": [1, 3], "total": [3, 30], "own": [2, 20]}
