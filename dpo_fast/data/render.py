@@ -80,17 +80,19 @@ class ChatTemplate:
                 "give one with --chat_template FILE"
             )
         options = {"tools": tools, "add_generation_prompt": generation_prompt, "tokenize": False, **(kwargs or {})}
-        try:
-            text = self.tokenizer.apply_chat_template(messages, **options)
-        except Exception as error:
-            # A template is a program: what it meets in a row of a wrong shape may be any error, as may its own.
-            as_text = [with_text_arguments(message) for message in messages]
-            if as_text != messages:
-                # DeepSeek's joins a tool call's arguments to other text.
-                return self(as_text, tools, kwargs, generation_prompt=generation_prompt)
-            raise RowError("template_error", str(error) or type(error).__name__) from error
-        assert isinstance(text, str)
-        return text
+        called = tool_names(messages)
+        reason = ""
+        for variant in _variants(messages) if called else [messages]:
+            try:
+                text = self.tokenizer.apply_chat_template(variant, **options)
+            except Exception as error:
+                # A template is a program: what it meets in a row of a wrong shape may be any error, as may its own.
+                reason = reason or str(error) or type(error).__name__
+                continue
+            assert isinstance(text, str)
+            if all(name in text for name in called):
+                return text
+        raise RowError("template_error", reason or f"it leaves out the tool calls ({', '.join(called)})")
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -140,6 +142,9 @@ class ChatRenderer:
         # A prompt that the user's turns continue is no prompt to generate from.
         continued = all(chat[0]["role"] == "assistant" for chat in chats)
         rendered = Rendered([], self._render(start, preference, generation_prompt=continued), [], changes)
+        names = tool_names([{"tool_calls": preference.tools}])
+        if rendered.prompt and not all(name in rendered.prompt for name in names):
+            changes["tools_lost"] = ""
         for chat in chats:
             whole = self._render([*start, *chat], preference)
             turns = [
@@ -282,6 +287,20 @@ def render_text(preference: Preference) -> Rendered:
 def make_renderer(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> ChatRenderer:
     """The renderer that the settings ask for."""
     return ChatRenderer(tokenizer, config.train_on, keep_reasoning=config.keep_reasoning)
+
+
+def tool_names(messages: Sequence[Message]) -> list[str]:
+    """The functions that a conversation calls."""
+    calls = [call for message in messages for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    functions = [call.get("function", call) for call in calls]
+    return [str(function["name"]) for function in functions if isinstance(function, dict) and "name" in function]
+
+
+def _variants(messages: list[Message]) -> list[list[Message]]:
+    """The forms of a tool call that templates read: content empty or null, arguments an object or JSON text."""
+    empty = [messages, [with_text_arguments(message) for message in messages]]
+    null = [[m | {"content": None} if m.get("tool_calls") and not m["content"] else m for m in form] for form in empty]
+    return [empty[0], null[0], empty[1], null[1]]
 
 
 def with_text_arguments(message: Message) -> Message:

@@ -29,6 +29,7 @@ CHANGED = {
     "boundary_moved": "the prompt's last tokens merge with the answer's first; the answer begins before them",
     "differs_from_inference": "an answer is scored in another text than inference would have it",
     "reasoning_lost": "the chat template strips an answer's reasoning",
+    "tools_lost": "the chat template leaves out the row's tools",
     "prompt_repeated": "the answers begin with the whole prompt; their copy of it was removed",
     "duplicate_keys": "a JSON object names a key twice; its last value was read",
     "end_token_removed": "an answer ends in the template's own end of turn; it is written once",
@@ -37,8 +38,8 @@ CHANGED = {
     "no_prompt_token": "no token stands before the answers; their first tokens are not scored",
 }
 NOTED = {
-    "duplicate": "the same pair as in an earlier row",
-    "contradictory": "an earlier row prefers the other answer of the same pair",
+    "duplicate": "the same pair as an earlier one",
+    "contradictory": "the same pair as an earlier one, the other way round",
     "near_identical": "the two answers are nearly the same",
     "plain_text": "strings are read as plain text, although the tokenizer has a chat template; --apply_chat_template "
     "true wraps them as turns, false says that plain text is meant",
