@@ -318,14 +318,14 @@ class InspectConfig(ModelConfig, DataConfig):
     """Settings of `dpo-fast inspect`: those of `DataConfig` and `ModelConfig`, and the following.
 
     Attributes:
-        reference: the model that `model` is compared with.
-        rows: numbers of the rows to show, counted from 0; null shows the first three that are usable.
+        reference: the model that `model` is compared with; without one the rows are shown as they are trained on.
+        rows: numbers of the rows to show, counted from 0, such as `0-20` or `[0, 5]`; null shows the first few.
         beta: factor of the implicit reward.
         out: .html file to write; null shows the terminal's view alone.
     """
 
     reference: str = ""
-    rows: list[int] | None = None
+    rows: list[int] | str | None = None
     beta: float = 0.1
     out: str | None = None
 
