@@ -39,11 +39,12 @@ def test_a_prompt_under_another_name_is_the_prompt(columns, prompt):
         ({"body": "Name a capital."}, {}, r"'body' may hold the prompt.*--prompt_column body"),
         ({"question": "Where?", "instruction": "Answer."}, {}, "'question', 'instruction' may each be the prompt"),
         ({"question": "Where?"}, {"prompt_column": "quesion"}, "field 'quesion' is missing"),
+        ({"dialog": [USER]} | TURNS, {}, r"'dialog' may hold the prompt.*--prompt_column dialog"),
     ],
 )
 def test_text_that_may_be_the_prompt_is_not_left_out_silently(tmp_path, columns, config, message):
     with pytest.raises(UserError, match=message):
-        load(tmp_path, [columns | ANSWERS], **config)
+        load(tmp_path, [ANSWERS | columns], **config)
 
 
 def test_answers_that_hold_their_prompt_need_no_prompt_column(tmp_path):
