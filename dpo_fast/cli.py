@@ -104,9 +104,14 @@ def run_eval(config: EvalConfig) -> None:
 
 def run_inspect(config: InspectConfig) -> None:
     """`dpo-fast inspect`."""
-    from dpo_fast.analysis.inspection import inspect_rows
+    if config.reference:
+        from dpo_fast.analysis.inspection import inspect_rows
 
-    inspect_rows(config)
+        inspect_rows(config)
+    else:
+        from dpo_fast.analysis.xray import xray_rows
+
+        xray_rows(config)
 
 
 def run_report(config: ReportConfig) -> None:
@@ -161,8 +166,8 @@ COMMANDS = {
     "inspect": Command(
         InspectConfig,
         run_inspect,
-        "rows token by token, under policy and reference",
-        "--model M --reference R --data D [--rows '[0, 5]'] [--out F.html]",
+        "rows token by token: as they are trained on, or under policy and reference",
+        "--model M --data D [--reference R] [--rows 0-20] [--out F.html]",
     ),
     "report": Command(ReportConfig, run_report, "write report.html for a run", "DIR [--out F.html]", positional="run"),
 }

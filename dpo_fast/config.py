@@ -319,14 +319,14 @@ class InspectConfig(ModelConfig, DataConfig):
     """Settings of `dpo-fast inspect`: those of `DataConfig` and `ModelConfig`, plus the following.
 
     Attributes:
-        reference: the model to compare `model` with.
-        rows: indices of the rows to show, from 0; null shows the first three usable ones.
+        reference: the model to compare `model` with; without one, the rows are shown as they are trained on.
+        rows: indices of the rows to show, from 0, such as `0-20` or `[0, 5]`; null shows the first few.
         beta: factor of the implicit reward.
         out: .html file to write; null only prints to the terminal.
     """
 
     reference: str = ""
-    rows: list[int] | None = None
+    rows: list[int] | str | None = None
     beta: float = 0.1
     out: str | None = None
 

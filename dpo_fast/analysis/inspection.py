@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 
 from dpo_fast.analysis.inspection_view import print_row, render_page
-from dpo_fast.analysis.token_views import AnswerView, PairView, RowView, TokenView, token_pieces
+from dpo_fast.analysis.token_views import AnswerView, PairView, RowView, TokenView, answer_name, token_pieces
+from dpo_fast.analysis.xray import check_settings, parse_rows
 from dpo_fast.config import InspectConfig
 from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
@@ -35,7 +36,7 @@ SHOWN_ROWS = 3
 
 
 def inspect_rows(config: InspectConfig, *, console: Console | None = None) -> list[RowView]:
-    """Show `config.rows` of `config.data` in the terminal and, where `out` is given, on an HTML page.
+    """Show `config.rows` of `config.data` in the terminal and, if `out` is given, on an HTML page.
 
     Both models' log-probs go through the reference store, one model in memory at a time.
 
@@ -45,14 +46,11 @@ def inspect_rows(config: InspectConfig, *, console: Console | None = None) -> li
     console = console or Console()
     if not config.reference:
         raise UserError("no reference given: pass --reference with the model that training started from")
-    if not config.data:
-        raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
-    if config.out is not None and Path(config.out).suffix != ".html":
-        raise UserError(f"--out {config.out}: expected a file that ends in .html")
+    check_settings(config)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     groups, report = load_groups(config, tokenizer)
     say(console, report.render())
-    groups = _wanted(groups, config)
+    groups = _wanted(groups, parse_rows(config.rows), config)
     packs = best_fit_decreasing([group.num_tokens for group in groups], token_budget(config, groups, pairs=8))
     reference, _ = reference_logps(config, config.reference, groups, packs=packs, console=console)
     policy, _ = reference_logps(config, config.model, groups, packs=packs, console=console)
@@ -69,17 +67,17 @@ def inspect_rows(config: InspectConfig, *, console: Console | None = None) -> li
     return views
 
 
-def _wanted(groups: list[Group], config: InspectConfig) -> list[Group]:
-    if config.rows is None:
+def _wanted(groups: list[Group], rows: list[int] | None, config: InspectConfig) -> list[Group]:
+    if rows is None:
         return groups[:SHOWN_ROWS]
     known = {group.row: group for group in groups}
-    missing = [row for row in config.rows if row not in known]
+    missing = [row for row in rows if row not in known]
     if missing:
         raise UserError(
             f"--rows: row {missing[0]} of {config.data} is not there or was left out (the report above says why); rows "
             f"are counted from 0, and those that can be shown begin with {', '.join(map(str, list(known)[:5]))}"
         )
-    return [known[row] for row in config.rows]
+    return [known[row] for row in rows]
 
 
 def make_view(
@@ -108,16 +106,13 @@ def _answer(
 ) -> AnswerView:
     ids = group.answers[number].tolist()
     pieces = token_pieces(ids, group.prompt_ids.tolist(), tokenizer)
-    # Without a prompt the first token has nothing before it, and so no log-prob.
-    unscored = len(ids) - len(policy)
+    targets = group.targets(number).tolist()
     tokens = [
-        TokenView(token, piece, float(own), float(ref))
-        for token, piece, own, ref in zip(ids[unscored:], pieces[unscored:], policy, reference, strict=True)
+        TokenView(ids[place], pieces[place], float(own), float(ref), "".join(pieces[place + 1 : following]))
+        for place, following, own, ref in zip(targets, [*targets[1:], len(ids)], policy, reference, strict=True)
     ]
-    name = f"answer {number}"
-    if len(group.pairs) == 1 and number in group.pairs[0]:
-        name = ("chosen", "rejected")[group.pairs[0].index(number)]
-    return AnswerView(name, "".join(pieces[:unscored]), tokens)
+    first = targets[0] if targets else len(ids)
+    return AnswerView(answer_name(group, number), "".join(pieces[:first]), tokens)
 
 
 def _pair(chosen: AnswerView, rejected: AnswerView, beta: float) -> PairView:

@@ -62,6 +62,7 @@ def coloured(answer: AnswerView, scale: float, *, signs: bool) -> Text:
         level, side = math.ceil(3 * abs(value)), (value > 0) - (value < 0)
         mark = _SIGNS[side + 1] * (level - 1) if signs and level > 1 else ""
         text.append(visible(token.text) + mark, style=_STYLES[level][1 - side] if level and not signs else "")
+        text.append(visible(token.context), style="dim")
     return text
 
 
@@ -122,6 +123,7 @@ def _page_answer(answer: AnswerView, scale: float) -> dict[str, Any]:
         "tokens": [
             {
                 "text": visible(token.text),
+                "context": visible(token.context),
                 "side": "gained" if token.log_ratio >= 0 else "lost",
                 "alpha": round(0.75 * abs(strength(token, scale)), 3),
                 "is_strong": abs(strength(token, scale)) > 2 / 3,

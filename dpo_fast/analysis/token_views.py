@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dpo_fast.packs.layout import Group
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -18,12 +20,13 @@ NOTHING = 5e-3
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token of an answer: its id, its text, its log-probs in nats."""
+    """A token of an answer: its id, its text, its log-probs in nats, and text after it that is not scored."""
 
     id: int
     text: str
     logp: float
     ref_logp: float
+    context: str = ""
 
     @property
     def log_ratio(self) -> float:
@@ -37,7 +40,7 @@ class AnswerView:
 
     Attributes:
         name: `chosen`, `rejected`, or its number.
-        unscored: text of a first token that has no log-prob.
+        unscored: text before the first scored token.
         tokens: the scored ones.
     """
 
@@ -127,6 +130,13 @@ class RowView:
 
 def _rose(amount: float) -> str:
     return "rose" if amount >= 0 else "fell"
+
+
+def answer_name(group: Group, number: int) -> str:
+    """`chosen` or `rejected` in a row of one pair, else the answer's number."""
+    if len(group.pairs) == 1 and number in group.pairs[0]:
+        return ("chosen", "rejected")[group.pairs[0].index(number)]
+    return f"answer {number}"
 
 
 def token_pieces(ids: Sequence[int], before: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

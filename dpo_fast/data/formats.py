@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from dpo_fast.config import DataConfig, PairChoice
 from dpo_fast.data import columns
 from dpo_fast.data.columns import Row
-from dpo_fast.data.conversation import Message, Text, split_conversations, to_messages, with_system
+from dpo_fast.data.conversation import Message, Text, common_length, split_conversations, to_messages, with_system
 from dpo_fast.data.row_report import RowError
 from dpo_fast.data.transcripts import Span, are_transcripts, split_transcripts, transcript_messages
 from dpo_fast.packs.layout import Ranking
@@ -217,6 +217,8 @@ def _with_prompt(draft: Draft, row: Row, config: DataConfig, *, has_chat_templat
         chats = [to_messages(answer, name) for answer, name in zip(answers, draft.names, strict=True)]
         if not isinstance(prompt, str | None):
             prompt = to_messages(prompt, config.prompt_column)
+        if prompt is None and common_length(chats) == 0:
+            columns.check_prompt_is_nowhere(row, config)
         prompt, chats = split_conversations(prompt, chats)
         return Preference(prompt, tuple(chats), ranking)
     for name, text in zip(draft.names, answers, strict=True):

@@ -32,7 +32,7 @@ class PairTotals:
     def __init__(self) -> None:
         self.pairs = self.chosen_longer = self.rejected_longer = 0
         self.ends: Counter[str] = Counter()
-        self._seen: set[tuple[bytes, bytes, bytes]] = set()
+        self._seen: set[bytes] = set()
 
     def add(self, group: Group, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Count a group's pairs; returns what is worth noting of them, causes of `row_report.NOTED`."""
@@ -43,10 +43,10 @@ class PairTotals:
             self.pairs += 1
             self.chosen_longer += lengths[chosen] > lengths[rejected]
             self.rejected_longer += lengths[chosen] < lengths[rejected]
-            pair = (prompt, answers[chosen], answers[rejected])
+            pair = xxhash.xxh3_128_digest(prompt + answers[chosen] + answers[rejected])
             if pair in self._seen:
                 noted.append("duplicate")
-            if (prompt, answers[rejected], answers[chosen]) in self._seen:
+            if xxhash.xxh3_128_digest(prompt + answers[rejected] + answers[chosen]) in self._seen:
                 noted.append("contradictory")
             if agreement(group.answers[chosen], group.answers[rejected]) >= NEAR_IDENTICAL:
                 noted.append("near_identical")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,8 @@ DROPPED = {
 CHANGED = {
     "truncated": "an answer lost its end to max_length",
     "prompt_truncated": "the prompt lost its start to max_length",
-    "boundary_moved": "the prompt's last tokens merge with the answer's first; the answer begins before them",
+    "boundary_moved": "the prompt's last tokens merge with the answer's first, or are rendered otherwise before it; "
+    "the answer begins before them",
     "differs_from_inference": "an answer is scored in another text than inference would have it",
     "reasoning_lost": "the chat template strips an answer's reasoning",
     "tools_lost": "the chat template leaves out the row's tools",
@@ -38,8 +40,8 @@ CHANGED = {
     "no_prompt_token": "no token stands before the answers; their first tokens are not scored",
 }
 NOTED = {
-    "duplicate": "the same pair as in an earlier row",
-    "contradictory": "an earlier row prefers the other answer of the same pair",
+    "duplicate": "the same pair as an earlier one",
+    "contradictory": "the same pair as an earlier one, the other way round",
     "near_identical": "the two answers are nearly the same",
     "plain_text": "strings are read as plain text, although the tokenizer has a chat template; --apply_chat_template "
     "true wraps them as turns, false says that plain text is meant",
@@ -54,6 +56,18 @@ class RowError(Exception):
         assert cause in DROPPED
         super().__init__(message)
         self.cause = cause
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause that was counted: what became of its rows, their number, the first places, the first row's message."""
+
+    verb: str
+    cause: str
+    count: int
+    sentence: str
+    places: str
+    message: str
 
 
 @dataclass
@@ -119,19 +133,30 @@ class DataReport:
             "tokens_padded": self.tokens_padded,
         }
 
-    def render(self) -> str:
-        """A few lines for the terminal."""
-        lines = [f"{self.source}: {self.rows_read} rows read, {self.rows_used} used"]
+    def findings(self) -> Iterator[Finding]:
+        """The causes that there are, in the order of their kinds."""
         for verb, sentences in (("dropped", DROPPED), ("changed", CHANGED), ("noted", NOTED)):
             for cause, sentence in sentences.items():
                 if cause in self.causes:
-                    lines.append(f"  {verb} {len(self.causes[cause])}: {sentence} [{cause}; {self._places(cause)}]")
-                    if self.first_message[cause]:
-                        lines.append(f"    {self.causes[cause][0]}: {self.first_message[cause]}")
+                    places, message = self.causes[cause], self.first_message[cause]
+                    message = f"{places[0]}: {message}" if message else ""
+                    yield Finding(verb, cause, len(places), sentence, self._places(cause), message)
+
+    def remarks(self) -> Iterator[str]:
+        """What else is worth a line."""
         if self.unused:
             names = (repr(name) + (f" (did you mean {near!r}?)" if near else "") for name, near in self.unused.items())
-            lines.append(f"  unused columns: {', '.join(names)}")
-        lines += [f"  {line}" for line in self.totals.lines()]
+            yield f"unused columns: {', '.join(names)}"
+        yield from self.totals.lines()
+
+    def render(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{self.source}: {self.rows_read} rows read, {self.rows_used} used"]
+        for found in self.findings():
+            lines.append(f"  {found.verb} {found.count}: {found.sentence} [{found.cause}; {found.places}]")
+            if found.message:
+                lines.append(f"    {found.message}")
+        lines += [f"  {line}" for line in self.remarks()]
         if self.example:
             lines.append(f"  first row, ⟦scored⟧: {self.example}")
         if self.tokens:

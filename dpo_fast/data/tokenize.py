@@ -35,6 +35,7 @@ class Tokens:
     Attributes:
         prompt: ids that all answers continue.
         answers: ids of each.
+        numbers: which of the preference's answers they are.
         masks: for each answer which of its tokens are scored; None for all of them.
         ranking: of the answers.
         changes: what was done to it (`row_report.CHANGED`), each with a message.
@@ -42,6 +43,7 @@ class Tokens:
 
     prompt: list[int]
     answers: list[list[int]]
+    numbers: list[int]
     masks: list[list[bool] | None]
     ranking: Ranking
     changes: dict[str, str] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class PairTokenizer:
         masks = [_mask(rendered, i, wholes[i], cuts[i], boundary) for i in used]
         if boundary == 0:
             changes["no_prompt_token"] = ""
-        return Tokens(wholes[0][:boundary], answers, masks, ranking, changes)
+        return Tokens(wholes[0][:boundary], answers, used, masks, ranking, changes)
 
     def _end(self, ids: list[int], *, chat: bool) -> list[str]:
         """End a sequence with an end token, once; returns the changes worth counting."""

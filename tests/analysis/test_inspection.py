@@ -13,11 +13,12 @@ from oracle import save_tiny_checkpoint, tiny_tokenizer
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_fast.analysis.inspection import inspect_rows
+from dpo_fast.analysis.inspection import inspect_rows, make_view
 from dpo_fast.analysis.inspection_view import coloured, render_page, visible
 from dpo_fast.analysis.token_views import AnswerView, PairView, RowView, TokenView, probability, token_pieces
 from dpo_fast.cli import main
 from dpo_fast.config import InspectConfig
+from dpo_fast.packs.layout import Group
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} \u202eabc \x1b[31m"
 ROWS = [
@@ -169,10 +170,26 @@ def test_probabilities_for_people(logp, text):
     assert probability(logp) == text
 
 
+def test_context_between_scored_tokens_is_shown_without_a_figure():
+    """An answer of several turns: the user's text stands where it is, and counts nowhere."""
+    tokenizer = tiny_tokenizer()
+    ids = np.array(tokenizer("one two three four five")["input_ids"], np.int32)
+    mask = np.zeros(len(ids), dtype=bool)
+    mask[[1, 2, -2]] = True
+    group = Group(0, ids[:2], (ids, ids[::-1].copy()), scored=(mask, None))
+    logps = [(np.full(int(mask.sum()), -1.0), np.full(len(ids), -1.0))] * 2
+    view = make_view(group, *logps, tokenizer, 0.1)
+    chosen = view.answers[0]
+    assert [token.id for token in chosen.tokens] == ids[mask].tolist()
+    assert chosen.unscored + "".join(token.text + token.context for token in chosen.tokens) == tokenizer.decode(ids)
+    assert coloured(chosen, 1.0, signs=False).plain == tokenizer.decode(ids)
+    page = render_page([view], model="m", reference="r", data="d", beta=0.1)
+    assert chosen.tokens[1].context in page
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("--model model --data rows.jsonl", "no reference given"),
         ("--model model --reference reference", "no data given"),
         ("--model model --reference reference --data rows.jsonl --rows [1]", "row 1 of rows.jsonl is not there or was"),
         ("--model model --reference reference --data rows.jsonl --rows [99]", "begin with 0, 2, 3"),

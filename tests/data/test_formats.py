@@ -4,7 +4,7 @@ import json
 
 import pytest
 from oracle import tiny_tokenizer
-from preference_rows import LONDON, PARIS, USER
+from preference_rows import LONDON, PARIS, USER, load
 
 from dpo_fast.config import DataConfig
 from dpo_fast.data.formats import FORMATS, Draft, choose_pairs, data_format, to_preference
@@ -138,6 +138,48 @@ def test_pairs_of_scored_responses(which, gap, expected):
     assert choose_pairs([1, 3.5, -2, 1.5], which, gap) == expected
     assert choose_pairs([2, 2, 2], which, gap) == []
     assert (0, 1) not in choose_pairs([2, 2, 1], which, gap)
+
+
+def test_a_gap_of_binary_fractions_is_the_gap_that_is_written():
+    """0.7 - 0.4 is 0.29999999999999993, 0.8 - 0.5 is 0.30000000000000004."""
+    for scores in ([0.7, 0.4], [0.8, 0.5], [1000.7, 1000.4], [-0.4, -0.7]):
+        for which in ("best_worst", "adjacent", "all"):
+            assert choose_pairs(scores, which, 0.3) == [(0, 1)]
+            assert choose_pairs(scores, which, 0.3001) == []
+    assert choose_pairs([0.5, 0.5], "all", 0.0) == []
+
+
+def test_a_number_that_no_float_holds_is_refused_by_line(tmp_path):
+    huge = 10**400
+    row = {"prompt": "The", "responses": [" fox", " dog"], "scores": [2, 1], "w": 1}
+    lines = [row | {"scores": [huge, 1]}, row | {"w": huge}, row]
+    groups, report = load(tmp_path, lines, weight_column="w")
+    assert [group.row for group in groups] == [2]
+    assert report.causes["wrong_type"] == ["line 1", "line 2"]
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: .*finite numbers in 'scores'"):
+        load(tmp_path, lines, strict=True, weight_column="w")
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t "])
+def test_white_space_is_no_answer(blank):
+    for row in (
+        {"prompt": "p", "chosen": blank, "rejected": "b"},
+        {"prompt": [USER], "chosen": [{"role": "assistant", "content": blank}], "rejected": [PARIS]},
+    ):
+        with pytest.raises(RowError) as caught:
+            to_preference(row, DataConfig(), has_chat_template=True)
+        assert caught.value.cause == "empty_answer"
+
+
+def test_strings_that_repeat_their_prompt_are_read_once(tmp_path):
+    prompt = "What is the capital of Peru? "
+    (group,), report = load(tmp_path, [{"prompt": prompt, "chosen": prompt + "Lima.", "rejected": prompt + "Ghana."}])
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode([*group.prompt_ids, *group.answers[0]]) == prompt + "Lima.<eos>"
+    assert "prompt_repeated" in report.causes
+    # A short one may well be what an answer begins with.
+    row = {"prompt": "The", "chosen": "The fox", "rejected": "The dog"}
+    assert to_preference(row, DataConfig(), has_chat_template=False).answers == ("The fox", "The dog")
 
 
 def test_each_response_is_kept_once_however_many_pairs_it_is_in(tmp_path):

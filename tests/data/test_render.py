@@ -1,6 +1,7 @@
 """Conversations as the chat template writes them."""
 
 import pytest
+from chat_templates import family_tokenizer
 from preference_rows import CHATML, GEMMA, LLAMA_2, LONDON, PARIS, USER, chat_tokenizer, load, texts
 
 from dpo_fast.errors import UserError
@@ -92,3 +93,74 @@ def test_plain_text_is_wrapped_on_request(tmp_path):
     (wrapped,), _ = load(tmp_path, [row], tokenizer, apply_chat_template=True)
     assert texts(plain, tokenizer) == ["Name a capital.", "Paris.<eos>", "London!<eos>"]
     assert texts(wrapped, tokenizer)[1] == "Paris.<|im_end|>\n"
+
+
+THOUGHT = "<think>\nThe largest.\n</think>\n\nRome."
+ROME = {"role": "assistant", "content": THOUGHT}
+MORE = {"role": "user", "content": "Another?"}
+
+
+def test_keep_reasoning_puts_the_answer_behind_the_generation_prompt(tmp_path):
+    """DeepSeek-R1's template strips every thought, and its generation prompt opens one."""
+    tokenizer = family_tokenizer("deepseek")
+    row = {"prompt": [USER], "chosen": [ROME], "rejected": [{"role": "assistant", "content": THOUGHT + " Or not."}]}
+    (stripped,), report = load(tmp_path, [row], tokenizer)
+    assert texts(stripped, tokenizer)[1].strip() == "Rome.<｜end▁of▁sentence｜>"
+    assert "<｜Assistant｜>\\n\\nRome.<｜end▁of▁sentence｜>'; inference has" in report.render()
+    assert "<｜Assistant｜><think>\\nThe largest." in report.render()
+    (kept,), report = load(tmp_path, [row], tokenizer, keep_reasoning=True)
+    before = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert before.endswith("<think>\n")
+    end = tokenizer.eos_token
+    assert texts(kept, tokenizer) == [before, *(f"{THOUGHT[8:]}{more}{end}" for more in ("", " Or not."))]
+    assert "reasoning_lost" not in report.causes
+
+
+def test_keep_reasoning_keeps_it_in_turns_that_are_past(tmp_path):
+    """Qwen3's template strips thoughts once the user speaks again; each turn was written with one."""
+    tokenizer = family_tokenizer("qwen3")
+    row = {"prompt": [USER], "chosen": [ROME, MORE, ROME], "rejected": [ROME, MORE, {**ROME, "content": THOUGHT + "!"}]}
+    row["rejected"][0] = {**ROME, "content": THOUGHT + "?"}
+    _, report = load(tmp_path, [row], tokenizer, max_length=None)
+    assert "reasoning_lost" in report.causes
+    (kept,), report = load(tmp_path, [row], tokenizer, max_length=None, keep_reasoning=True)
+    assert "reasoning_lost" not in report.causes
+    user = "<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts(kept, tokenizer)[1] == f"{THOUGHT}<|im_end|>\n{user}{THOUGHT}<|im_end|>\n"
+    scored = tokenizer.decode(kept.answers[0][kept.targets(0)])
+    assert scored == f"{THOUGHT}<|im_end|>\n" * 2
+
+
+def test_reasoning_in_a_field_of_its_own_is_kept_too(tmp_path):
+    tokenizer = family_tokenizer("deepseek")
+    chosen = {"role": "assistant", "content": "Rome.", "reasoning_content": "The largest."}
+    row = {"prompt": [USER], "chosen": [chosen], "rejected": [ROME]}
+    _, report = load(tmp_path, [row], tokenizer)
+    assert "reasoning_lost" in report.causes
+    row = {"prompt": [USER], "chosen": [chosen], "rejected": [{**ROME, "content": THOUGHT + "!"}]}
+    (kept,), _ = load(tmp_path, [row], tokenizer, keep_reasoning=True)
+    assert texts(kept, tokenizer)[1] == "The largest.\n</think>\n\nRome.<｜end▁of▁sentence｜>"
+
+
+def test_strings_beside_a_chat_template_are_shown_as_they_are_read(tmp_path):
+    tokenizer = chat_tokenizer(CHATML)
+    row = {"prompt": "Name a capital.", "chosen": "Paris.", "rejected": "London!"}
+    _, report = load(tmp_path, [row], tokenizer)
+    text = report.render()
+    assert "noted 1: strings are read as plain text, although" in text
+    assert "--apply_chat_template true wraps" in text
+    assert "first row, ⟦scored⟧: Name a capital.⟦Paris.<eos>⟧" in text
+    for config in ({"apply_chat_template": False}, {"apply_chat_template": True}):
+        _, report = load(tmp_path, [row], tokenizer, **config)
+        assert "plain_text" not in report.causes
+    _, report = load(tmp_path, [row])
+    assert "plain_text" not in report.causes
+
+
+def test_tools_that_a_template_does_not_know_are_counted(tmp_path):
+    row = {"prompt": [USER], "chosen": [PARIS], "rejected": [LONDON]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    _, report = load(tmp_path, [row | {"tools": [tool]}], family_tokenizer("gemma"))
+    assert "tools_lost" in report.causes
+    _, report = load(tmp_path, [row | {"tools": [tool]}], family_tokenizer("qwen3"))
+    assert "tools_lost" not in report.causes

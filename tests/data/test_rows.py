@@ -6,8 +6,9 @@ import json
 import datasets
 import pyarrow.parquet
 import pytest
+from chat_templates import family_tokenizer
 from oracle import tiny_tokenizer
-from preference_rows import GOOD, write
+from preference_rows import GOOD, USER, load, texts, write
 
 from dpo_fast.config import DataConfig
 from dpo_fast.data.load import load_groups
@@ -101,3 +102,43 @@ def test_a_hub_name_is_handed_to_datasets(monkeypatch):
     groups, _ = load_groups(DataConfig(data="someone/pairs:test"), tiny_tokenizer())
     assert calls == [("someone/pairs", "test")]
     assert len(groups) == 1
+
+
+def test_parquet_gives_back_tools_and_calls_as_they_were_written(tmp_path):
+    """A column has one type there: keys that other rows have come back as null, at any depth."""
+
+    def row(name, arguments):
+        function = {
+            "name": name,
+            "parameters": {"type": "object", "properties": {key: {"type": "string"} for key in arguments}},
+        }
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return {
+            "prompt": [USER],
+            "chosen": [{"role": "assistant", "tool_calls": [call]}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+            "tools": [{"type": "function", "function": function}],
+        }
+
+    rows = [row("turn", {"theta": 1.5}), row("weather", {"city": "Rome", "day": "today"})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    tokenizer = family_tokenizer("chatml")
+    want, _ = load(tmp_path, rows, tokenizer, max_length=None)
+    got, _ = load_groups(DataConfig(data=str(tmp_path / "rows.parquet"), max_length=None), tokenizer)
+    assert [texts(group, tokenizer) for group in got] == [texts(group, tokenizer) for group in want]
+    assert '"arguments": {"city": "Rome", "day": "today"}' in texts(want[1], tokenizer)[1]
+    assert "null" not in "".join(texts(got[0], tokenizer))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_keys_that_are_named_twice_are_counted(tmp_path, name):
+    good = json.dumps(GOOD)
+    top = '{"prompt": "The", "chosen": " fox", "chosen": " quick fox", "rejected": " dog"}'
+    deep = '{"prompt": "The", "chosen": " fox", "rejected": " dog", "meta": [{"a": 1, "a": 2}]}'
+    lines = [good, top, deep]
+    (tmp_path / name).write_text(f"[{','.join(lines)}]" if name == "rows.json" else "\n".join(lines))
+    groups, report = load_groups(DataConfig(data=str(tmp_path / name)), tiny_tokenizer())
+    assert len(groups) == 3
+    places = ["row 1", "row 2"] if name == "rows.json" else ["line 2", "line 3"]
+    assert report.causes["duplicate_keys"] == places
+    assert tiny_tokenizer().decode(groups[1].answers[0]) == " quick fox<eos>"

@@ -112,6 +112,19 @@ def test_an_end_token_inside_the_prompt_stays_in_the_prompt(tmp_path):
     assert texts(group, tokenizer) == ["Numbers<eos>", "0 1<eos>", "2 3<eos>"]
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>\n", "<|im_end|>", "<eos>", "<eos>\n"])
+def test_an_end_that_is_written_out_is_written_once(tmp_path, end):
+    """In strings and in messages; the tokenizer's own end token is `<eos>`."""
+    tokenizer = chat_tokenizer(CHATML)
+    row = {"prompt": "Name a capital.", "chosen": f"Paris.{end}", "rejected": "London!"}
+    (plain,), report = load(tmp_path, [row], tokenizer, apply_chat_template=False)
+    assert texts(plain, tokenizer)[1:] == [f"Paris.{end}", "London!<eos>"]
+    assert report.causes == {}
+    (chat,), report = load(tmp_path, [row], tokenizer, apply_chat_template=True)
+    assert texts(chat, tokenizer)[1:] == ["Paris.<|im_end|>\n", "London!<|im_end|>\n"]
+    assert list(report.causes) == ["end_token_removed"]
+
+
 def test_a_tokenizer_without_an_end_token_is_reported(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
