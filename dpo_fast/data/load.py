@@ -42,7 +42,7 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     rows = read_rows(config.data, config.max_rows)
     while block := list(islice(rows, ROWS_AT_ONCE)):
         report.rows_read += len(block)
-        known = list(_recognise(block, config, report, has_chat_template=bool(tokenizer.chat_template)))
+        known = list(_recognised(block, config, report, tokenizer))
         for (row, preference), tokens in zip(known, tokenize([preference for _, preference in known]), strict=True):
             try:
                 if isinstance(tokens, RowError):
@@ -54,7 +54,7 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
             groups.append(group)
             report.example = report.example or excerpt(group, tokenizer)
             is_plain = config.apply_chat_template is None and not preference.is_chat and bool(tokenizer.chat_template)
-            notes = report.totals.add(group, tokenizer) + ["plain_text"] * is_plain
+            notes = report.totals.add(group, tokenizer, tokenize.end_tokens) + ["plain_text"] * is_plain
             for cause, message in (changes | dict.fromkeys(notes, "")).items():
                 report.count(cause, row.place, message)
     report.finish(groups)
@@ -63,14 +63,23 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     return groups, report
 
 
-def _recognise(
-    rows: list[SourceRow], config: DataConfig, report: DataReport, *, has_chat_template: bool
+def recognise(row: SourceRow, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Preference:
+    """What a row says.
+
+    Raises:
+        RowError: it cannot be read, or is of no known form.
+    """
+    if row.error:
+        raise RowError("broken_json", row.error)
+    return to_preference(row.value, config, has_chat_template=bool(tokenizer.chat_template))
+
+
+def _recognised(
+    rows: list[SourceRow], config: DataConfig, report: DataReport, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[SourceRow, Preference]]:
     for row in rows:
         try:
-            if row.error:
-                raise RowError("broken_json", row.error)
-            preference = to_preference(row.value, config, has_chat_template=has_chat_template)
+            preference = recognise(row, config, tokenizer)
         except RowError as error:
             _drop(row, error, config, report)
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ class PairTotals:
         self.ends: Counter[str] = Counter()
         self._seen: set[bytes] = set()
 
-    def add(self, group: Group, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def add(self, group: Group, tokenizer: PreTrainedTokenizerBase, end_tokens: Collection[int]) -> list[str]:
         """Count a group's pairs; returns what is worth noting of them, causes of `row_report.NOTED`."""
         prompt, *answers = [xxhash.xxh3_128_digest(ids.tobytes()) for ids in (group.prompt_ids, *group.answers)]
         lengths = [len(group.targets(number)) for number in range(len(group.answers))]
@@ -51,10 +51,9 @@ class PairTotals:
             if agreement(group.answers[chosen], group.answers[rejected]) >= NEAR_IDENTICAL:
                 noted.append("near_identical")
             self._seen.add(pair)
-        special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         for answer in group.answers:
             # A template may write a line break after its end of turn.
-            end = next((i for i in answer[:-3:-1].tolist() if i in special), None)
+            end = next((i for i in answer[:-3:-1].tolist() if i in end_tokens), None)
             self.ends["" if end is None else str(tokenizer.convert_ids_to_tokens(end))] += 1
         return list(dict.fromkeys(noted))
 

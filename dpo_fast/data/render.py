@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dpo_fast.config import DataConfig, TrainOn
+from dpo_fast.config import DataConfig
 from dpo_fast.data.conversation import Message, common_prefix
 from dpo_fast.data.formats import Preference
 from dpo_fast.data.row_report import RowError
@@ -123,10 +123,10 @@ class _Turn:
 class ChatRenderer:
     """Preferences of messages as text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, *, keep_reasoning: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self.template = ChatTemplate(tokenizer)
-        self.train_on = train_on
-        self.keep_reasoning = keep_reasoning
+        self.train_on = config.train_on
+        self.keep_reasoning = config.keep_reasoning
 
     def __call__(self, preference: Preference) -> Rendered:
         """Render a preference.
@@ -282,11 +282,6 @@ def render_text(preference: Preference) -> Rendered:
         targets = [[(a + len(start), b + len(start)) for a, b in spans] for spans in preference.targets]
     wholes = [f"{start}{answer}" for answer in preference.answers]
     return Rendered(wholes, prompt, targets, inference=[None] * len(wholes))
-
-
-def make_renderer(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> ChatRenderer:
-    """The renderer that the settings ask for."""
-    return ChatRenderer(tokenizer, config.train_on, keep_reasoning=config.keep_reasoning)
 
 
 def tool_names(messages: Sequence[Message]) -> list[str]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_fast.config import DataConfig
-from dpo_fast.data.conversation import Text, common_prefix
+from dpo_fast.data.conversation import Text, common_length, common_prefix
 from dpo_fast.data.formats import Preference, only_different
-from dpo_fast.data.render import Rendered, make_renderer, render_text
+from dpo_fast.data.render import ChatRenderer, Rendered, render_text
 from dpo_fast.data.row_report import RowError
 from dpo_fast.packs.layout import Group, Ranking
 
@@ -54,7 +54,7 @@ class PairTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig | None = None) -> None:
         self.tokenizer = tokenizer
-        self.render_chat = make_renderer(tokenizer, config or DataConfig())
+        self.render_chat = ChatRenderer(tokenizer, config or DataConfig())
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         # Some tokenizers end every text, prompts too; here answers are ended, once, by `_end`.
@@ -67,7 +67,12 @@ class PairTokenizer:
 
     def __call__(self, preferences: Sequence[Preference]) -> list[Tokens | RowError]:
         """Tokens of each preference, or why it cannot be used. One call tokenizes the whole batch in parallel."""
-        rendered = [self.render(preference) for preference in preferences]
+        return self.tokens(preferences, [self.render(preference) for preference in preferences])
+
+    def tokens(
+        self, preferences: Sequence[Preference], rendered: Sequence[Rendered | RowError]
+    ) -> list[Tokens | RowError]:
+        """Tokens of preferences that `render` has made text of."""
         ids = {
             chat: iter(
                 self._ids(
@@ -130,7 +135,7 @@ class PairTokenizer:
         for whole in wholes:
             changes |= dict.fromkeys(self._end(whole, chat=preference.is_chat), "")
         beginnings = wholes if prompt is None else [prompt, *wholes]
-        boundary = min(common_prefix(beginnings[0], other) for other in beginnings[1:])
+        boundary = common_length(beginnings)
         used, ranking = only_different(wholes, preference.ranking)
         if not ranking.pairs:
             return RowError("identical_answers", "the answers are the same tokens")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_fast.config import DataConfig
-from dpo_fast.data.formats import to_preference
+from dpo_fast.data.load import recognise
 from dpo_fast.data.render import Rendered
 from dpo_fast.data.row_report import RowError
 from dpo_fast.data.rows import SourceRow, read_rows
@@ -77,11 +77,9 @@ def trace_rows(
 
 def _trace(row: SourceRow, config: DataConfig, tokenize: PairTokenizer) -> Trace | Refusal:
     try:
-        if row.error:
-            raise RowError("broken_json", row.error)
-        has_chat_template = bool(tokenize.tokenizer.chat_template)
-        preference = to_preference(row.value, config, has_chat_template=has_chat_template)
-        rendered, (tokens,) = tokenize.render(preference), tokenize([preference])
+        preference = recognise(row, config, tokenize.tokenizer)
+        rendered = tokenize.render(preference)
+        (tokens,) = tokenize.tokens([preference], [rendered])
         if isinstance(rendered, RowError):
             raise rendered
         if isinstance(tokens, RowError):
