@@ -99,8 +99,10 @@ def choose_attention(name: str, query: Tensor, options: AttentionOptions) -> Att
         ValueError: there is no such backend, or it lacks an option that is set.
     """
     if name == "auto":
-        usable = [x for x in BACKENDS.values() if not options.unsupported(x.lacks) and x.is_usable(query)]
-        return max(usable, key=lambda backend: backend.priority)
+        # Every layer comes here, so backends below the one that is taken are not asked what is installed.
+        able = (backend for backend in BACKENDS.values() if not options.unsupported(backend.lacks))
+        by_priority = sorted(able, key=lambda backend: -backend.priority)
+        return next(backend for backend in by_priority if backend.is_usable(query))
     if name not in BACKENDS:
         raise ValueError(f'backend: expected "auto" or one of {", ".join(sorted(BACKENDS))}; got {name!r}')
     if unsupported := options.unsupported(BACKENDS[name].lacks):
