@@ -94,13 +94,7 @@ class Trainer:
         """Train to the last step or a signal, then write the final model."""
         self.saved_step = self.step
         with (
-            open_reporter(
-                *(self.output_dir, self.signs, self.console),
-                device=self.policy.device,
-                step=self.step,
-                num_steps=self.plan.num_steps,
-                steps_per_epoch=self.sampler.steps_per_epoch,
-            ) as reporter,
+            open_reporter(self.output_dir, self.signs, self.console, self.plan, step=self.step) as reporter,
             stop_signals() as stop,
         ):
             while self.step < self.plan.num_steps and not stop.is_set():

@@ -155,13 +155,17 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, flushed as written."""
+    """`metrics.jsonl`: one JSON object a line, flushed as written.
+
+    Attributes:
+        kept: rows of an earlier part of the run.
+    """
 
     def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
         """Open for appending; lines of later steps, left by a run that died after its checkpoint, are dropped."""
-        kept = [row for row in read_metrics(path) if row["step"] <= keep_up_to_step]
+        self.kept = [row for row in read_metrics(path) if row["step"] <= keep_up_to_step]
         self._file = path.open("w")
-        for row in kept:
+        for row in self.kept:
             self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:

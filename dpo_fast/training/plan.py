@@ -25,6 +25,7 @@ class Plan:
         num_rows, num_pairs: to train on.
         num_held_out_rows: to evaluate on.
         rows_per_step: rows of an optimizer step.
+        steps_per_epoch: optimizer steps that read every row once.
         num_steps: optimizer steps.
         max_tokens: token budget of a pack.
         sharing: tokens with one copy of the prompt per answer, divided by those with one per row.
@@ -38,6 +39,7 @@ class Plan:
     num_pairs: int
     num_held_out_rows: int
     rows_per_step: int
+    steps_per_epoch: int
     num_steps: int
     max_tokens: int
     sharing: float
@@ -48,9 +50,8 @@ class Plan:
     def of(cls, config: DPOConfig, groups: Sequence[Group], held_out: Sequence[Group]) -> Plan:
         """The plan of these settings for these rows."""
         rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        num_steps = config.max_steps
-        if num_steps < 0:
-            num_steps = math.ceil(config.num_train_epochs * -(-len(groups) // rows_per_step))
+        steps_per_epoch = math.ceil(len(groups) / rows_per_step)
+        num_steps = math.ceil(config.num_train_epochs * steps_per_epoch) if config.max_steps < 0 else config.max_steps
         return cls(
             placement=Placement.of(config),
             ranks=Ranks.current(),
@@ -58,6 +59,7 @@ class Plan:
             num_pairs=sum(len(group.pairs) for group in groups),
             num_held_out_rows=len(held_out),
             rows_per_step=rows_per_step,
+            steps_per_epoch=steps_per_epoch,
             num_steps=num_steps,
             max_tokens=token_budget(config, [*groups, *held_out], config.per_device_train_batch_size),
             sharing=sum(group.num_unshared_tokens for group in groups) / sum(group.num_tokens for group in groups),

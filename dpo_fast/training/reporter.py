@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.files import write_file_atomically
 from dpo_fast.kernels import autotune
-from dpo_fast.training.metrics import METRICS_FILE, MetricsFile, peak_memory_gib, read_metrics
+from dpo_fast.training.metrics import METRICS_FILE, MetricsFile, peak_memory_gib
+from dpo_fast.training.plan import Plan
 from dpo_fast.training.warning_signs import WarningSigns
 
 CHOICES_FILE = "autotune.json"
@@ -55,18 +55,13 @@ class Reporter:
         line: ProgressLine,
         signs: WarningSigns,
         console: Console,
-        *,
-        device: torch.device,
-        num_steps: int,
-        steps_per_epoch: int,
+        plan: Plan,
     ) -> None:
         self._metrics = metrics
         self._line = line
         self._signs = signs
         self._console = console
-        self._device = device
-        self._num_steps = num_steps
-        self._steps_per_epoch = steps_per_epoch
+        self._plan = plan
         self._choices = KernelChoices(folder)
 
     def advance(self) -> None:
@@ -82,34 +77,19 @@ class Reporter:
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Write a row and show it."""
-        place = {"epoch": step / self._steps_per_epoch, "step": step}
-        self._metrics.write(row | {"peak_memory_gib": peak_memory_gib(self._device)} | place)
+        place = {"epoch": step / self._plan.steps_per_epoch, "step": step}
+        self._metrics.write(row | {"peak_memory_gib": peak_memory_gib(self._plan.placement.device)} | place)
         self._choices.write()
-        self._line.report(f"step {step}/{self._num_steps}", row)
+        self._line.report(f"step {step}/{self._plan.num_steps}", row)
 
 
 @contextmanager
-def open_reporter(
-    folder: Path,
-    signs: WarningSigns,
-    console: Console,
-    *,
-    device: torch.device,
-    step: int,
-    num_steps: int,
-    steps_per_epoch: int,
-) -> Iterator[Reporter]:
+def open_reporter(folder: Path, signs: WarningSigns, console: Console, plan: Plan, *, step: int) -> Iterator[Reporter]:
     """A reporter of a run that has done `step` steps; rows of later steps, left by a run that died, are dropped."""
-    path = folder / METRICS_FILE
     with (
-        MetricsFile(path, keep_up_to_step=step) as metrics,
-        progress_line(console, "training", num_steps, step) as line,
+        MetricsFile(folder / METRICS_FILE, keep_up_to_step=step) as metrics,
+        progress_line(console, "training", plan.num_steps, step) as line,
     ):
-        for row in read_metrics(path):
+        for row in metrics.kept:
             signs.observe(row)
-        yield Reporter(
-            *(folder, metrics, line, signs, console),
-            device=device,
-            num_steps=num_steps,
-            steps_per_epoch=steps_per_epoch,
-        )
+        yield Reporter(folder, metrics, line, signs, console, plan)
