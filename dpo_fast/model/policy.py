@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpo_fast.config import ModelConfig
 from dpo_fast.errors import UserError
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
-from dpo_fast.kernels.head import HeadKeywords
+from dpo_fast.kernels.head import DEFAULT_MEMORY_BUDGET, HeadKeywords
 from dpo_fast.kernels.linear_logprob import linear_logprob, linear_logprob_with_stats
 from dpo_fast.kernels.prefix_attention import prefix_layout
 from dpo_fast.kernels.token_stats import TokenStats
@@ -28,7 +28,6 @@ from dpo_fast.model.placement import Placement
 
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
 NUMERICS_VERSION = 2
-HEAD_MEMORY_BUDGET = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Policy:
     model: Any
     device: torch.device
     bf16: bool = False
-    memory_budget: int = HEAD_MEMORY_BUDGET
+    memory_budget: int = DEFAULT_MEMORY_BUDGET
     autotune: bool = True
     deterministic_attention: bool = True
     shares_prompts: bool = True
