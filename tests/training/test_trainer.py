@@ -20,7 +20,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpo_fast.config import DPOConfig
 from dpo_fast.errors import TrainingError, UserError
 from dpo_fast.training.checkpoint import newest_checkpoint
 from dpo_fast.training.loop import Trainer
@@ -49,23 +48,8 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture
-def config(base, rows, tmp_path):
-    def make(**changes):
-        settings = {
-            "model": base,
-            "data": rows,
-            "output_dir": str(tmp_path / "run"),
-            "reference_store": str(tmp_path / "reference.sqlite"),
-            "max_length": 64,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": 0,
-            "max_steps": 6,
-        }
-        return DPOConfig(**settings | changes)
-
-    return make
+def config(make_config, rows):
+    return lambda **changes: make_config(**{"data": rows, "max_steps": 6} | changes)
 
 
 def weights(folder):

@@ -9,7 +9,6 @@ from oracle import SENTENCES, random_groups, tiny_llama
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.losses.facts import FACTS
@@ -45,23 +44,8 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture
-def config(base, rows, tmp_path):
-    def make(**changes):
-        settings = {
-            "model": base,
-            "data": rows,
-            "output_dir": str(tmp_path / "run"),
-            "reference_store": str(tmp_path / "reference.sqlite"),
-            "max_length": 64,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": 0,
-            "max_steps": 3,
-        }
-        return DPOConfig(**settings | changes)
-
-    return make
+def config(make_config, rows):
+    return lambda **changes: make_config(**{"data": rows, "max_steps": 3} | changes)
 
 
 def weights(result):
