@@ -7,7 +7,7 @@ test:
 
 # Under a minute on two cores.
 fast:
-	$(PYTHON) -m pytest -n 2 -m 'not slow'
+	$(PYTHON) -m pytest -n 2 --benchmark-disable -m 'not slow'
 
 lint:
 	$(PYTHON) -m ruff check .
