@@ -27,7 +27,7 @@ from dpo_fast.config import (
     SampleConfig,
     ScoreConfig,
 )
-from dpo_fast.errors import TrainingError, UserError
+from dpo_fast.errors import TrainingError, UserError, WriteError
 
 RUN_FAILED = 1
 USER_MISTAKE = 2
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         command.run(command.config(**settings))
+    except WriteError as error:
+        print(f"dpo-fast {name}: error: {error}", file=sys.stderr)
+        return RUN_FAILED
     except UserError as error:
         print(f"dpo-fast {name}: error: {error}", file=sys.stderr)
         return USER_MISTAKE

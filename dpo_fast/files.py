@@ -14,7 +14,9 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from typing import Any
 
 import xxhash
 
-from dpo_fast.errors import UserError
+from dpo_fast.errors import WriteError
 
 logger = logging.getLogger("dpo_fast")
 
@@ -40,7 +42,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     """Make the folder `path` out of what `write` puts into a staging folder; an older one is replaced.
 
     Raises:
-        UserError: the folder cannot be written; an older one stays.
+        WriteError: the folder cannot be written; an older one stays.
     """
     with _writing(path):
         _publish(path, write, {})
@@ -51,7 +53,7 @@ def write_file_atomically(path: Path, text: str) -> None:
     """Write a text file that is never seen half written.
 
     Raises:
-        UserError: the file cannot be written; an older one stays.
+        WriteError: the file cannot be written; an older one stays.
     """
     with _writing(path):
         staging = path.with_name(f"{_STAGING}{uuid.uuid4().hex}")
@@ -82,9 +84,62 @@ def verify_folder(path: Path) -> list[str]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Hold the lock on the folder around `path`, cleared of what dead processes left in it."""
+def write_errors(path: Path, *, needed: int | None = None, cure: str = "") -> Iterator[None]:
+    """Turn a failed write of `path` into one line.
+
+    Args:
+        path: what is being written; need not exist.
+        needed: bytes that it takes, if known.
+        cure: what to do after making room.
+
+    Raises:
+        WriteError: a write failed inside the block.
+    """
     try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        if (reason := _write_failure(error)) is None:
+            raise
+        room = f"{path} cannot be written: {reason}{_space(path, needed)}"
+        raise WriteError(f"{room}. Free disk space or choose another folder{cure and f'; {cure}'}") from error
+
+
+def _write_failure(error: BaseException) -> str | None:
+    """Why the system refused to write, or None for any other error.
+
+    Only Python's own writes raise `OSError`: safetensors, torch and SQLite raise types of their own, and torch does not
+    say why.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    if type(error).__name__ == "SafetensorError":
+        number = re.search(r"os error (\d+)", text)
+        return os.strerror(int(number[1])) if number else None
+    if isinstance(error, RuntimeError) and ("inline_container.cc" in text or "PytorchStreamWriter" in text):
+        return "the write was cut short"
+    if isinstance(error, sqlite3.OperationalError) and re.search("disk|readonly|unable to open", text):
+        return text
+    return None
+
+
+def _space(path: Path, needed: int | None) -> str:
+    """The bytes needed and free, and the limit on the size of a file if there is one."""
+    folder = next(folder for folder in [path, *path.absolute().parents] if folder.is_dir())
+    facts = [f"{shutil.disk_usage(folder).free:,} bytes free"]
+    if needed is not None:
+        facts.insert(0, f"{needed:,} bytes needed")
+    if (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) != resource.RLIM_INFINITY:
+        facts.append(f"files limited to {limit:,} bytes")
+    return f" ({', '.join(facts)})"
+
+
+@contextmanager
+def _writing(path: Path, *, needed: int | None = None) -> Iterator[None]:
+    """Hold the lock on the folder around `path`, cleared of what dead processes left in it."""
+    with write_errors(path, needed=needed, cure="what was there before is whole"):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
@@ -93,11 +148,6 @@ def _writing(path: Path) -> Iterator[None]:
             yield
         finally:
             os.close(descriptor)  # drops the lock
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error}): free disk space or make its folder writable. What was there before "
-            "is whole"
-        ) from error
 
 
 def _lock(descriptor: int) -> None:

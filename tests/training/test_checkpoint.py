@@ -152,7 +152,7 @@ def test_a_failing_writer_leaves_nothing_behind(tmp_path):
         raise OSError("No space left on device")
 
     save_checkpoint(tmp_path, 1, write_sample, keep=1)
-    with pytest.raises(UserError, match=r"checkpoint-2 cannot be written .*No space left.*free disk space"):
+    with pytest.raises(UserError, match=r"checkpoint-2 cannot be written: No space left.*Free disk space"):
         save_checkpoint(tmp_path, 2, fail, keep=1)
     assert names(tmp_path) == ["checkpoint-1"]
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
