@@ -25,6 +25,8 @@ import torch
 from accelerate.data_loader import get_sampler
 from datasets import IterableDataset
 from rich.console import Console
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as TRLTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
@@ -33,7 +35,7 @@ from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures,
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
 from dpo_fast.kernels.autotune import cache_dir
 from dpo_fast.losses.objective import any_loss
-from dpo_fast.model.attention import packed_attention
+from dpo_fast.model.attention import own_attention, packed_attention, reads_packs
 from dpo_fast.model.check import attention_windows, with_fitting_layout
 from dpo_fast.model.policy import Policy, Scored
 from dpo_fast.packs.balance import BalancedSampler, group_cost
@@ -76,6 +78,19 @@ class PackCollator:
             answers = [tuple(np.array(example[name], np.float32) for name in REFERENCE_COLUMNS) for example in examples]
             batch = replace(batch, ref_logps=StoredScores(groups, answers).score(batch))
         return {"rows": torch.arange(len(groups)), "packed_batch": batch, "input_ids": batch.input_ids[None]}
+
+
+def padded_pairs(batch: PackedBatch, pad_id: int) -> tuple[Tensor, Tensor]:
+    """The pairs as TRL's collator lays them out: prompt and answer, chosen ones first, padded on the right.
+
+    Returns:
+        (2P, L) token ids and their attention mask, both int64.
+    """
+    bounds = batch.cu_seqlens_k.tolist()
+    segments = [batch.answer_segments[answer] for answer in (*batch.chosen.tolist(), *batch.rejected.tolist())]
+    rows = [batch.input_ids[batch.kv_index[bounds[segment] : bounds[segment + 1]]] for segment in segments]
+    masks = pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True, padding_value=pad_id), masks
 
 
 class DPOTrainer(TRLTrainer):
@@ -152,6 +167,8 @@ class DPOTrainer(TRLTrainer):
             if packed_batch is None:
                 return plain_forward(*args, **kwargs)
             assert self._policy is not None
+            # Other attention ignores the layout, and every answer would see the ones before it.
+            assert reads_packs(policy.model) or not self._policy.shares_prompts, "packs come within `reading_packs`"
             return self._policy.forward(packed_batch, want_stats=True)
 
         with packed_attention(policy.model):
@@ -208,9 +225,13 @@ class DPOTrainer(TRLTrainer):
             if self._moving_reference is None:
                 batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
                 eval_dataset = self._precompute_ref_logps(eval_dataset, "eval", batch_size)
+        # TRL's own refuses new rows after training without looking for their reference.
+        return super(TRLTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `Trainer.evaluation_loop`, which `evaluate` and `predict` run."""
         with reading_packs(self._policy, self._moving_reference, self._kept_reference):
-            # TRL's own refuses new rows after training without looking for their reference.
-            return super(TRLTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().evaluation_loop(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """Add per-token reference log-probs to a tokenized dataset, from the store if it has them.
@@ -311,9 +332,22 @@ class DPOTrainer(TRLTrainer):
             f"are compared with ({cause}). Pass them as eval_dataset to the trainer, or pass a ref_model"
         )
 
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As TRL's; what `compute_metrics` and `predict` read takes a second forward, over TRL's padded batch."""
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
+        assert self._policy is not None
+        pad_id = self.processing_class.pad_token_id
+        ids, mask = padded_pairs(inputs["packed_batch"].to(self.accelerator.device), pad_id)
+        with torch.no_grad(), own_attention(self._policy.model), self.compute_loss_context_manager():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return loss, logits, ids
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        if return_outputs:
-            raise NotImplementedError("predict: no logits are kept to return; use evaluate")
+        assert not return_outputs, "`prediction_step` computes logits by itself"
         assert self._policy is not None
         batch = inputs["packed_batch"].to(self.accelerator.device)
         if self._moving_reference is not None:

@@ -44,7 +44,6 @@ def refusals(args: DPOConfig, arguments: dict[str, Any]) -> dict[str, Any]:
     """Each option that can be refused, and why it is; something false where it is not. Arguments as there."""
     return {
         "data_collator": arguments["data_collator"] is not None and "packs have their own collator",
-        "compute_metrics": arguments["compute_metrics"] is not None and "no logits are kept to compute them from",
         "processing_class": _refused_tokenizer(arguments["processing_class"]),
         "peft_config": _refused_adapter(arguments["peft_config"]),
         "model": _refused_adapter(getattr(arguments["model"], "active_peft_config", None)),

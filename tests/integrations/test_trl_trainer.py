@@ -2,9 +2,11 @@
 
 import inspect
 import re
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch.multiprocessing as mp
 import transformers
 import trl
 from datasets import Dataset, DatasetDict
-from oracle import tiny_llama
+from oracle import tiny_llama, tiny_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOTrainer as TRLTrainer
 from trl_runs import IGNORED, ROWS, SPEEDS, assert_same_logs, assert_same_run, make_trainer, train_on_rank, trl_args
@@ -272,7 +274,6 @@ def test_unsupported_options_are_named(name, value, tmp_path):
     ("name", "value"),
     [
         ("data_collator", list),
-        ("compute_metrics", dict),
         ("processing_class", object()),
         ("peft_config", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
     ],
@@ -321,10 +322,25 @@ def test_an_empty_answer_is_named(tmp_path, store):
         trainer.data_collator([{"prompt_ids": [2], "chosen_ids": [3], "rejected_ids": ids} for ids in ([4], [])])
 
 
-def test_predict_says_why_not(tmp_path, store):
-    trainer = make_trainer(DPOTrainer, tmp_path, extra=store)
-    with pytest.raises(NotImplementedError, match=r"^predict: no logits are kept"):
-        trainer.predict(trainer.train_dataset)
+def test_compute_metrics_and_predict_read_trls_logits(tmp_path, store):
+    """Padding is masked: what a model gives there is nobody's business."""
+    outputs = {}
+
+    def compute_metrics(prediction):
+        return {"hits": float((prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean())}
+
+    for trainer_class, reference in ((DPOTrainer, store), (TRLTrainer, {"ref_model": tiny_llama(320)})):
+        rows = {"eval_dataset": Dataset.from_list(ROWS[17:]), "compute_metrics": compute_metrics}
+        trainer = trained(trainer_class, tmp_path, extra=rows | reference, max_steps=4, per_device_eval_batch_size=5)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*are deprecated", FutureWarning)
+            outputs[trainer_class] = trainer.evaluate(), trainer.predict(trainer.eval_dataset)
+    (figures, got), (trl_figures, want) = outputs.values()
+    assert figures["eval_hits"] == pytest.approx(trl_figures["eval_hits"])
+    np.testing.assert_array_equal(got.label_ids, want.label_ids)
+    mask = want.label_ids != tiny_tokenizer().pad_token_id
+    np.testing.assert_allclose(got.predictions[mask], want.predictions[mask], atol=2e-5)
+    assert got.metrics["test_loss"] == pytest.approx(want.metrics["test_loss"], abs=1e-6)
 
 
 def test_the_configuration_is_left_as_it_was(tmp_path, store):
