@@ -340,8 +340,8 @@ class DPOTrainer(TRLTrainer):
         if prediction_loss_only:
             return loss, None, None
         assert self._policy is not None
-        pad_id = self.processing_class.pad_token_id
-        ids, mask = padded_pairs(inputs["packed_batch"].to(self.accelerator.device), pad_id)
+        tokenizer: Any = self.processing_class
+        ids, mask = padded_pairs(inputs["packed_batch"].to(self.accelerator.device), tokenizer.pad_token_id)
         with torch.no_grad(), own_attention(self._policy.model), self.compute_loss_context_manager():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return loss, logits, ids
