@@ -85,8 +85,9 @@ class ModelConfig:
         device: `auto` is CUDA if there is a GPU, otherwise the CPU.
         dtype: dtype of the weights; `auto` is float32.
         bf16: run forward and backward under bfloat16 autocast; null is true on a GPU, false on a CPU.
-        max_tokens_per_batch: token budget of one pack; null leaves room for `per_device_train_batch_size` pairs of full
-            length in training, for 8 elsewhere.
+        max_tokens_per_batch: token budget of one pack; null is 2,048 on a CPU and 8,192 on a GPU (128 per GiB of its
+            memory if that is less), or the longest row, but no more than `per_device_train_batch_size` pairs of full
+            length take. It changes speed and memory, not losses or gradients.
         head_memory_budget_gib: GiB of exponentials that the LM head may keep for the backward.
         autotune: on a GPU, check and time the head's kernels once per vocabulary and hidden size and use the fastest;
             false uses the defaults.

@@ -22,7 +22,7 @@ from dpo_fast.analysis.intervals import bootstrap_interval
 from dpo_fast.analysis.pair_figures import pair_figures
 from dpo_fast.config import EvalConfig, LabelConfig, SampleConfig, SignalConfig
 from dpo_fast.console import say
-from dpo_fast.curate.generate import SCORED_TOKENS, UNRANKED
+from dpo_fast.curate.generate import UNRANKED
 from dpo_fast.curate.label import label_rows
 from dpo_fast.curate.rows import Row, read_objects, write_rows
 from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows
@@ -32,8 +32,6 @@ from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.model.load import load_tokenizer
-from dpo_fast.packs.bins import best_fit_decreasing
-from dpo_fast.packs.budget import token_budget
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -89,10 +87,9 @@ def _on_pairs(config: EvalConfig, console: Console) -> dict[str, Any]:
     """Read the pairs, score them with both models through the store, compare."""
     groups, report = load_groups(config, load_tokenizer(config.model, config.chat_template))
     say(console, report.render())
-    packs = best_fit_decreasing([group.num_tokens for group in groups], token_budget(config, groups, pairs=8))
     # The reference first: if training used this store, its scores are cached and the model is never loaded.
-    reference, _ = reference_logps(config, config.reference, groups, packs=packs, console=console)
-    policy, _ = reference_logps(config, config.model, groups, packs=packs, console=console)
+    reference, _ = reference_logps(config, config.reference, groups, console=console)
+    policy, _ = reference_logps(config, config.model, groups, console=console)
     return pair_figures(
         [_pair_sums(answers, group.pairs) for answers, group in zip(policy, groups, strict=True)],
         [_pair_sums(answers, group.pairs) for answers, group in zip(reference, groups, strict=True)],
@@ -155,8 +152,7 @@ def _kl(rows: list[Row], config: EvalConfig, console: Console) -> dict[str, floa
         )
         for number, row in enumerate(rows)
     ]
-    packs = best_fit_decreasing([group.num_tokens for group in groups], SCORED_TOKENS)
-    reference, _ = reference_logps(config, config.reference, groups, packs=packs, console=console)
+    reference, _ = reference_logps(config, config.reference, groups, console=console)
     ratios = [
         np.mean(
             [how["logp"] - logps.astype(np.float64).sum() for how, logps in zip(row[SAMPLES], answers, strict=True)]

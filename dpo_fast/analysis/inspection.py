@@ -23,8 +23,6 @@ from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.model.load import load_tokenizer
-from dpo_fast.packs.bins import best_fit_decreasing
-from dpo_fast.packs.budget import token_budget
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -51,9 +49,8 @@ def inspect_rows(config: InspectConfig, *, console: Console | None = None) -> li
     groups, report = load_groups(config, tokenizer)
     say(console, report.render())
     groups = _wanted(groups, parse_rows(config.rows), config)
-    packs = best_fit_decreasing([group.num_tokens for group in groups], token_budget(config, groups, pairs=8))
-    reference, _ = reference_logps(config, config.reference, groups, packs=packs, console=console)
-    policy, _ = reference_logps(config, config.model, groups, packs=packs, console=console)
+    reference, _ = reference_logps(config, config.reference, groups, console=console)
+    policy, _ = reference_logps(config, config.model, groups, console=console)
     views = [
         make_view(group, own, ref, tokenizer, config.beta)
         for group, own, ref in zip(groups, policy, reference, strict=True)

@@ -15,8 +15,6 @@ from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.model.load import load_tokenizer
-from dpo_fast.packs.bins import best_fit_decreasing
-from dpo_fast.packs.budget import token_budget
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -35,9 +33,7 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
     tokenizer = load_tokenizer(config.model, config.chat_template)
     groups, report = load_groups(config, tokenizer)
     say(console, report.render())
-    max_tokens = token_budget(config, groups, pairs=8)
-    packs = best_fit_decreasing([group.num_tokens for group in groups], max_tokens)
-    scores, _ = reference_logps(config, config.model, groups, packs=packs, console=console)
+    scores, _ = reference_logps(config, config.model, groups, console=console)
     lines = [
         json.dumps(record)
         for group, answers in zip(groups, scores, strict=True)

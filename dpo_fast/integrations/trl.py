@@ -34,7 +34,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 from dpo_fast.integrations.trl_metrics import FigureWindow, micro_batch_figures, num_unshared_tokens
 from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, with_stored_reference
 from dpo_fast.kernels.autotune import cache_dir
-from dpo_fast.losses.objective import any_loss
+from dpo_fast.losses.objective import any_loss, preference_loss
 from dpo_fast.model.attention import own_attention, packed_attention, reads_packs
 from dpo_fast.model.check import attention_windows, with_fitting_layout
 from dpo_fast.model.policy import Policy, Scored
@@ -46,7 +46,7 @@ from dpo_fast.reference.fingerprint import model_fingerprint
 from dpo_fast.reference.scores import Reference, StoredScores
 from dpo_fast.reference.store import ReferenceStore
 from dpo_fast.training.ranks import Ranks
-from dpo_fast.training.step import pair_losses
+from dpo_fast.training.step import scored_pairs
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -356,7 +356,8 @@ class DPOTrainer(TRLTrainer):
             with self._reference() as reference:
                 batch = replace(batch, ref_logps=reference.score(batch))
         scored: Scored = model(packed_batch=batch)
-        pairs, losses = pair_losses(batch, scored, self.loss_config)
+        pairs = scored_pairs(batch, scored, self.loss_config)
+        losses = preference_loss(pairs, self.loss_config)
         loss = losses.mean()
         if scored.router_loss is not None:
             loss = loss + scored.router_loss

@@ -36,7 +36,7 @@ class Facts:
         needs_reference: it compares with a reference; else none is scored where a run names no other loss.
         needs_scores: of rows whose true scores are known.
         needs_gold: of rows with a third, better answer.
-        compares_pairs: a pair's loss depends on the others in its pack.
+        compares_pairs: a pair's loss depends on the others of its step.
         sorts_pairs: its losses belong to ranks, so that weights have no pair to belong to.
         takes_divergence: it is made of the difference of two scores, in which the partition function of an f-divergence
             cancels.

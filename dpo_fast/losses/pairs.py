@@ -10,8 +10,8 @@ There are two margins: `PairLogps.margin` is r_w - r_l whatever the divergence, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +71,29 @@ class PairLogps:
         """(P,) r_w - r_l."""
         return self.chosen_logratio - self.rejected_logratio
 
+    @staticmethod
+    def join(parts: Sequence[PairLogps]) -> PairLogps:
+        """The pairs of several packs as those of one."""
+
+        def joined(values: list[Tensor | None]) -> Tensor | None:
+            known = [value for value in values if value is not None]
+            return torch.cat(known) if len(known) == len(values) else None
+
+        columns = {name: joined([getattr(part, name) for part in parts]) for name in PER_PAIR}
+        if any(part.weight is not None for part in parts):
+            columns["weight"] = torch.cat(
+                [torch.ones_like(part.chosen) if part.weight is None else part.weight for part in parts]
+            )
+        return PairLogps(**columns, reward_shift=parts[0].reward_shift)  # type: ignore[arg-type]
+
     def at_reference(self) -> PairLogps:
         """The same pairs with the policy equal to the reference: every margin is 0."""
         return replace(self, chosen=self.ref_chosen, rejected=self.ref_rejected)
 
+
+PER_PAIR = tuple(field.name for field in fields(PairLogps) if field.name != "reward_shift")
+# Those with a gradient.
+OF_POLICY = ("chosen", "rejected", "gold")
 
 # e^64 leaves room in fp32 for products and differences of such numbers.
 EXPM1_LIMIT = 64.0

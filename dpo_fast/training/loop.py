@@ -30,7 +30,7 @@ from dpo_fast.training.plan import Plan
 from dpo_fast.training.references import RunReference
 from dpo_fast.training.reporter import Reporter, open_reporter
 from dpo_fast.training.signals import stop_signals
-from dpo_fast.training.step import PairSet, RewardShift, backward, loss_and_metrics
+from dpo_fast.training.step import PairSet, RewardShift, StepLoss
 from dpo_fast.training.warning_signs import WarningSigns
 
 if TYPE_CHECKING:
@@ -116,9 +116,8 @@ class Trainer:
         groups = [self.train_set.groups[i] for packed in packs for i in packed]
         num_pairs = sum(len(group.pairs) for group in groups)
         average = PairAverage()
-        for packed in packs:
-            batch = self.train_set.pack(packed)
-            metrics = backward(self.policy, batch, self.config, num_pairs, self.shift)
+        batches = (self.train_set.pack(packed) for packed in packs)
+        for batch, metrics in self.loss.backward(batches, num_pairs):
             average.add(metrics)
             self.watch.add(self.step + 1, batch.pair_rows, metrics[0].isfinite())
             self.window.add(batch, metrics, padding=self.policy.padding(batch))
@@ -141,9 +140,10 @@ class Trainer:
         return grad_norm
 
     @property
-    def shift(self) -> Tensor | None:
-        """The reward shift of this step, for the loss that has one."""
-        return None if self.reward_shift is None else self.reward_shift.value
+    def loss(self) -> StepLoss:
+        """Of this step."""
+        shift = None if self.reward_shift is None else self.reward_shift.value
+        return StepLoss(self.policy, self.config, shift)
 
     def after_step(self, grad_norm: Tensor, reporter: Reporter) -> None:
         """Report, evaluate and save if they are due."""
@@ -182,9 +182,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Loss and rewards on the held-out pairs, under names that begin with `eval_`."""
         average = PairAverage()
-        for packed in self.held_out_packs:
-            batch = self.held_out.pack(packed)
-            average.add(loss_and_metrics(self.policy, batch, self.config, self.shift)[1])
+        for metrics in self.loss.metrics(self.held_out.pack(packed) for packed in self.held_out_packs):
+            average.add(metrics)
         return {f"eval_{name}": value for name, value in average.read().items()}
 
     def write_model(self, folder: Path) -> None:

@@ -52,8 +52,10 @@ class Plan:
         rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
         steps_per_epoch = math.ceil(len(groups) / rows_per_step)
         num_steps = math.ceil(config.num_train_epochs * steps_per_epoch) if config.max_steps < 0 else config.max_steps
+        placement = Placement.of(config)
+        batch_size = config.per_device_train_batch_size
         return cls(
-            placement=Placement.of(config),
+            placement=placement,
             ranks=Ranks.current(),
             num_rows=len(groups),
             num_pairs=sum(len(group.pairs) for group in groups),
@@ -61,7 +63,7 @@ class Plan:
             rows_per_step=rows_per_step,
             steps_per_epoch=steps_per_epoch,
             num_steps=num_steps,
-            max_tokens=token_budget(config, [*groups, *held_out], config.per_device_train_batch_size),
+            max_tokens=token_budget(config, [*groups, *held_out], pairs=batch_size, device=placement.device),
             sharing=sum(group.num_unshared_tokens for group in groups) / sum(group.num_tokens for group in groups),
             reference=_reference(config),
             seed=config.seed,

@@ -1,17 +1,18 @@
-"""What one pack adds to an optimizer step: its summed loss, its gradient, its metrics."""
+"""The loss of an optimizer step, its gradient and its metrics, pack by pack."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_fast.config import LossConfig
 from dpo_fast.losses.from_packs import pair_logps
-from dpo_fast.losses.objective import needs_reference, preference_loss
-from dpo_fast.losses.pairs import PairLogps
+from dpo_fast.losses.objective import any_loss, needs_reference, preference_loss
+from dpo_fast.losses.pairs import OF_POLICY, PairLogps
 from dpo_fast.model.policy import Policy, Scored
 from dpo_fast.model.scorer import Scorer
 from dpo_fast.packs.layout import Group, PackedBatch, pack
@@ -31,38 +32,90 @@ class PairSet:
         return batch if self.reference is None else replace(batch, ref_logps=self.reference.score(batch))
 
 
-def pair_losses(
+def scored_pairs(
     batch: PackedBatch, scored: Scored, config: LossConfig, reward_shift: Tensor | None = None
-) -> tuple[PairLogps, Tensor]:
-    """The pairs of a scored pack and their losses (P,); `reward_shift` is that of `bco`."""
+) -> PairLogps:
+    """What losses read of a scored pack; `reward_shift` is that of `bco`."""
     assert batch.ref_logps is not None or not needs_reference(config), "this loss compares with a reference"
     log_sum_p2 = None if scored.stats is None or not config.use_weighting else scored.stats.sum_p2.log()
     pairs = pair_logps(batch, scored.logps, ld_alpha=config.ld_alpha, log_sum_p2=log_sum_p2)
-    pairs = replace(pairs, reward_shift=reward_shift)
-    return pairs, preference_loss(pairs, config)
+    return replace(pairs, reward_shift=reward_shift)
 
 
-def loss_and_metrics(
-    policy: Policy, batch: PackedBatch, config: LossConfig, reward_shift: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """A pack's summed loss, and its metrics as (len(PAIR_METRICS), P); `reward_shift` is that of `bco`."""
-    batch = batch.to(policy.device)
-    scored = policy.forward(batch, want_stats=config.use_weighting)
-    pairs, losses = pair_losses(batch, scored, config, reward_shift)
-    loss = losses.sum()
-    if scored.router_loss is not None:
-        # It is a mean over the pack's tokens, and counts as the pack's pairs do.
-        loss = loss + batch.num_pairs * scored.router_loss
-    return loss, pair_metrics(pairs, losses, config.beta)
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of an optimizer step, a mean over its pairs, and its gradient, pack by pack.
+
+    Attributes:
+        policy: to train.
+        config: of the loss.
+        reward_shift: of `bco`.
+    """
+
+    policy: Policy
+    config: LossConfig
+    reward_shift: Tensor | None = None
+
+    def backward(self, batches: Iterable[PackedBatch], num_pairs: int) -> Iterator[tuple[PackedBatch, Tensor]]:
+        """Add the gradient of the mean loss over the step's `num_pairs` pairs.
+
+        A loss of single pairs takes the packs as they come. One that compares the pairs of a step takes the sums of all
+        packs first, then the gradient of each pack with the coefficients that came out; every pack but one is computed
+        twice forward for it, and what is held at a time is still one pack's.
+
+        Yields:
+            Each pack and its metrics, (len(PAIR_METRICS), P).
+        """
+        if any_loss(self.config, lambda facts: facts.compares_pairs):
+            yield from self._backward_together(list(batches), num_pairs)
+            return
+        for batch in batches:
+            pairs, router_loss = self._forward(batch)
+            losses = preference_loss(pairs, self.config)
+            (_with_router(losses.sum(), router_loss, batch) / num_pairs).backward()
+            yield batch, pair_metrics(pairs, losses, self.config.beta)
+
+    def _backward_together(self, batches: list[PackedBatch], num_pairs: int) -> Iterator[tuple[PackedBatch, Tensor]]:
+        *others, last = batches
+        with torch.no_grad():
+            parts = [self._forward(batch)[0] for batch in others]
+        leaves = [
+            {name: x.requires_grad_() for name in OF_POLICY if (x := getattr(part, name)) is not None} for part in parts
+        ]
+        pairs, router_loss = self._forward(last)
+        losses = preference_loss(PairLogps.join([*parts, pairs]), self.config)
+        (_with_router(losses.sum(), router_loss, last) / num_pairs).backward()
+        parts.append(pairs)
+        for batch, coefficients in zip(others, leaves, strict=True):
+            own, router_loss = self._forward(batch)
+            terms = [
+                (leaf.grad * getattr(own, name)).sum() for name, leaf in coefficients.items() if leaf.grad is not None
+            ]
+            router = _with_router(torch.zeros_like(losses[0]), router_loss, batch) / num_pairs
+            (torch.stack(terms).sum() + router).backward()
+        counts = [batch.num_pairs for batch in batches]
+        for batch, part, own_losses in zip(batches, parts, losses.detach().split(counts), strict=True):
+            yield batch, pair_metrics(part, own_losses, self.config.beta)
+
+    @torch.no_grad()
+    def metrics(self, batches: Iterable[PackedBatch]) -> Iterator[Tensor]:
+        """(len(PAIR_METRICS), P) of each pack, without a gradient; a loss that compares pairs compares all of them."""
+        parts: Iterable[PairLogps] = (self._forward(batch)[0] for batch in batches)
+        if any_loss(self.config, lambda facts: facts.compares_pairs):
+            parts = [PairLogps.join(list(parts))]
+        for pairs in parts:
+            yield pair_metrics(pairs, preference_loss(pairs, self.config), self.config.beta)
+
+    def _forward(self, batch: PackedBatch) -> tuple[PairLogps, Tensor | None]:
+        """The pairs of a pack, and the router's loss of a mixture of experts."""
+        batch = batch.to(self.policy.device)
+        scored = self.policy.forward(batch, want_stats=self.config.use_weighting)
+        return scored_pairs(batch, scored, self.config, self.reward_shift), scored.router_loss
 
 
-def backward(
-    policy: Policy, batch: PackedBatch, config: LossConfig, num_pairs: int, reward_shift: Tensor | None = None
-) -> Tensor:
-    """Add a pack's share of the gradient of the mean loss over a step of `num_pairs` pairs; returns its metrics."""
-    loss, metrics = loss_and_metrics(policy, batch, config, reward_shift)
-    (loss / num_pairs).backward()
-    return metrics
+def _with_router(loss: Tensor, router_loss: Tensor | None, batch: PackedBatch) -> Tensor:
+    """The router's loss is a mean over the pack's tokens, and counts as the pack's pairs do."""
+    return loss if router_loss is None else loss + batch.num_pairs * router_loss
 
 
 class RewardShift:

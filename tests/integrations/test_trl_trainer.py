@@ -331,7 +331,7 @@ def test_compute_metrics_and_predict_read_trls_logits(tmp_path, store):
 
     for trainer_class, reference in ((DPOTrainer, store), (TRLTrainer, {"ref_model": tiny_llama(320)})):
         rows = {"eval_dataset": Dataset.from_list(ROWS[17:]), "compute_metrics": compute_metrics}
-        trainer = trained(trainer_class, tmp_path, extra=rows | reference, max_steps=4, per_device_eval_batch_size=5)
+        trainer = trained(trainer_class, tmp_path, extra=rows | reference, optim="sgd", per_device_eval_batch_size=5)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*are deprecated", FutureWarning)
             outputs[trainer_class] = trainer.evaluate(), trainer.predict(trainer.eval_dataset)

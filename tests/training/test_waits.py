@@ -20,7 +20,7 @@ from dpo_fast.training.guards import FiniteWatch
 from dpo_fast.training.loop import Trainer
 from dpo_fast.training.metrics import Window
 from dpo_fast.training.run import train
-from dpo_fast.training.step import backward
+from dpo_fast.training.step import StepLoss
 
 pytestmark = pytest.mark.slow
 
@@ -47,9 +47,9 @@ def test_a_step_waits_for_nothing(loss):
     batch = scored_batch(policy)
     window, watch = Window(1000), FiniteWatch()
     with waits() as found:
-        metrics = backward(policy, batch, LossConfig(**loss), 3)
-        window.add(batch, metrics)
-        watch.add(1, batch.pair_rows, metrics[0].isfinite())
+        for pack, metrics in StepLoss(policy, LossConfig(**loss)).backward([batch, batch], 6):
+            window.add(pack, metrics)
+            watch.add(1, pack.pair_rows, metrics[0].isfinite())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert not found
     with waits() as found:
