@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 from dpo_fast.model.attention import PACKED_ATTENTION, packed_attention_forward
 from dpo_fast.model.load import load_model
 from dpo_fast.model.placement import Placement
+from dpo_fast.model.rotary import LengthRegimes
 
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
 NUMERICS_VERSION = 2
@@ -108,7 +111,13 @@ class Policy:
     def numerics(self) -> str:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
         layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
-        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{' compiled' if self.is_compiled else ''}"
+        ways = " compiled" * self.is_compiled + " lengths apart" * (self.length_regimes is not None)
+        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}"
+
+    @cached_property
+    def length_regimes(self) -> LengthRegimes | None:
+        """How the length of a row decides on its rotary frequencies, if it does."""
+        return LengthRegimes.of(self.model)
 
     @property
     def noise(self) -> float:
@@ -125,7 +134,7 @@ class Policy:
         Returns:
             Log-probs in the order of `batch.targets`, differentiable.
         """
-        decoded = self._decode_packed(batch) if self.shares_prompts else self._decode_answers(batch)
+        decoded = self._decode_pack(batch) if self.shares_prompts else self._decode_answers(batch)
         logps, stats = self._head(decoded.rows, batch.targets, want_stats=want_stats)
         return Scored(logps, self._router_loss(decoded.router_logits), stats)
 
@@ -136,6 +145,14 @@ class Policy:
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) fp32 log-probs of `forward`."""
         return self.forward(batch).logps
+
+    def _decode_pack(self, batch: PackedBatch) -> _Decoded:
+        """All of a pack at once, unless the lengths of its answers keep them apart."""
+        if self.length_regimes is None:
+            return self._decode_packed(batch)
+        lengths = batch.cu_seqlens_k.diff().tolist()
+        regimes = [self.length_regimes.of_length(lengths[segment]) for segment in batch.answer_segments]
+        return self._decode_packed(batch) if len(set(regimes)) == 1 else self._decode_regimes(batch, regimes)
 
     def _decode_packed(self, batch: PackedBatch) -> _Decoded:
         num_tokens, padding = batch.num_tokens, self.padding(batch)
@@ -155,15 +172,34 @@ class Policy:
         rows = gather_rows(decoded.rows, RowIndex.of(batch.hidden_index, num_tokens + padding))
         return _Decoded(rows, routers)
 
+    def _decode_regimes(self, batch: PackedBatch, regimes: list[int]) -> _Decoded:
+        """One forward a regime, over sequences side by side, each answer with its own copy of the prompt."""
+        sequences = list(_sequences(batch))
+        rows: dict[int, Tensor] = {}
+        routers = []
+        for regime in sorted(set(regimes)):
+            answers = [answer for answer, of_answer in enumerate(regimes) if of_answer == regime]
+            keys = [sequences[answer][0] for answer in answers]
+            bounds = torch.tensor([0, *map(len, keys)]).cumsum(0)
+            index = torch.arange(int(bounds[-1]), device=batch.input_ids.device)
+            layout = prefix_layout(bounds, bounds, index, len(index), deterministic=self.deterministic_attention)
+            positions = torch.cat([index[: len(own)] for own in keys])
+            ids = batch.input_ids[torch.cat(keys)]
+            decoded = self._decode(ids, position_ids=positions[None], packed_layout=layout)
+            routers.append(decoded.router_logits)
+            for answer, start in zip(answers, bounds.tolist(), strict=False):
+                rows[answer] = decoded.rows[start + sequences[answer][1]]
+        return _Decoded(
+            torch.cat([rows[answer] for answer in range(len(regimes))]),
+            tuple(torch.cat(layer) for layer in zip(*routers, strict=True)),
+        )
+
     def _decode_answers(self, batch: PackedBatch) -> _Decoded:
         """One sequence an answer, no padding: for models whose sequences cannot share a prompt."""
-        key_bounds, target_bounds = batch.cu_seqlens_k.tolist(), batch.cu_answers.tolist()
         parts = []
-        for answer, segment in enumerate(batch.answer_segments):
-            keys = batch.kv_index[key_bounds[segment] : key_bounds[segment + 1]]
-            before_targets = batch.hidden_index[target_bounds[answer] : target_bounds[answer + 1]]
+        for keys, before_targets in _sequences(batch):
             decoded = self._decode(batch.input_ids[keys])
-            parts.append(replace(decoded, rows=decoded.rows[torch.searchsorted(keys, before_targets)]))
+            parts.append(replace(decoded, rows=decoded.rows[before_targets]))
         routers = zip(*(part.router_logits for part in parts), strict=True)
         return _Decoded(torch.cat([part.rows for part in parts]), tuple(torch.cat(layer) for layer in routers))
 
@@ -176,6 +212,8 @@ class Policy:
     def _decode(self, ids: Tensor, **arguments: Any) -> _Decoded:
         if self.router_loss_weight:
             arguments["output_router_logits"] = True
+        if self.length_regimes is not None:
+            self.length_regimes.forget()
         with self.autocast():
             outputs = self._decoder(input_ids=ids[None], use_cache=False, **arguments)
         return _Decoded(outputs.last_hidden_state[0], tuple(getattr(outputs, "router_logits", None) or ()))
@@ -255,6 +293,15 @@ class Policy:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each answer the rows of its prompt and itself, and the places in them of the rows before its targets."""
+    key_bounds, target_bounds = batch.cu_seqlens_k.tolist(), batch.cu_answers.tolist()
+    for answer, segment in enumerate(batch.answer_segments):
+        keys = batch.kv_index[key_bounds[segment] : key_bounds[segment + 1]]
+        before_targets = batch.hidden_index[target_bounds[answer] : target_bounds[answer + 1]]
+        yield keys, torch.searchsorted(keys, before_targets)
 
 
 def warn_if_weights_cannot_move(config: ModelConfig, learning_rate: float) -> None:
