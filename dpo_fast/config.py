@@ -94,6 +94,7 @@ class ModelConfig:
         deterministic_attention: on a GPU, sum in a fixed order in attention's backward, so that runs are bit-identical;
             false allows any order.
         reference_store: SQLite file with reference log-probs; null is `reference.sqlite` in the user's cache folder.
+        trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
     """
 
     model: str = ""
@@ -105,6 +106,7 @@ class ModelConfig:
     autotune: bool = True
     deterministic_attention: bool = True
     reference_store: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -118,6 +120,7 @@ class SamplingConfig:
         max_new_tokens: maximum tokens of an answer.
         generation_batch_size: answers to generate at once.
         backend: `transformers`, or `vllm` if it is installed.
+        trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
         seed: random seed for sampling; each batch of prompts derives its own seed from it.
     """
 
@@ -127,6 +130,7 @@ class SamplingConfig:
     max_new_tokens: int = 256
     generation_batch_size: int = 64
     backend: Literal["transformers", "vllm"] = "transformers"
+    trust_remote_code: bool = False
     seed: int = 42
 
 
@@ -177,6 +181,7 @@ class SignalConfig:
         process_limit: number of processes that a command may run at once.
         num_workers: answers to judge at once; null is one per processor.
         judge_batch_size: texts per batch of a reward model or judge.
+        trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
     """
 
     signals: str | list[str] = ""
@@ -189,6 +194,7 @@ class SignalConfig:
     process_limit: int = 64
     num_workers: int | None = None
     judge_batch_size: int = 16
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -422,6 +428,9 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         logging_steps: write metrics every this many steps.
         save_steps: write a checkpoint every this many steps; 0 only writes the final model.
         save_total_limit: number of checkpoints to keep; null keeps all.
+        save_dtype: dtype of the weights in `final/`; `auto` takes that of the model that training started from if at
+            least 99% of the weights that changed still differ in it, else the one that was trained in. Checkpoints keep
+            the latter.
         resume: `auto` resumes from the newest complete checkpoint in `output_dir`; a folder resumes from that one.
         overwrite: start over in an `output_dir` that already holds a run.
         seed: random seed for row order and dropout.
@@ -456,6 +465,7 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     logging_steps: int = 10
     save_steps: int = 500
     save_total_limit: int | None = None
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     resume: str | None = None
     overwrite: bool = False
     seed: int = 42

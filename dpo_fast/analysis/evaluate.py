@@ -31,7 +31,7 @@ from dpo_fast.data.load import load_groups
 from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
-from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.load import tokenizer_of
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -85,7 +85,7 @@ def _check(config: EvalConfig) -> Path | None:
 
 def _on_pairs(config: EvalConfig, console: Console) -> dict[str, Any]:
     """Read the pairs, score them with both models through the store, compare."""
-    groups, report = load_groups(config, load_tokenizer(config.model, config.chat_template))
+    groups, report = load_groups(config, tokenizer_of(config))
     say(console, report.render())
     # The reference first: if training used this store, its scores are cached and the model is never loaded.
     reference, _ = reference_logps(config, config.reference, groups, console=console)
@@ -139,7 +139,7 @@ def judge(model: list[Row], reference: list[Row], config: EvalConfig, console: C
 
 def _kl(rows: list[Row], config: EvalConfig, console: Console) -> dict[str, float]:
     """KL(model || reference) in nats per answer: the mean log-ratio of the model's samples, with an interval."""
-    tokenize = PairTokenizer(load_tokenizer(config.model, config.chat_template))
+    tokenize = PairTokenizer(tokenizer_of(config))
     groups = [
         Group(
             number,

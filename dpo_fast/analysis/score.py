@@ -14,7 +14,7 @@ from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
-from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.load import tokenizer_of
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -30,7 +30,7 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
         raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
     if not config.out:
         raise UserError("no output given: pass --out with the .jsonl file to write")
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    tokenizer = tokenizer_of(config)
     groups, report = load_groups(config, tokenizer)
     say(console, report.render())
     scores, _ = reference_logps(config, config.model, groups, console=console)

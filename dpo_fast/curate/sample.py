@@ -147,7 +147,7 @@ def answer_rows(
     batches: list[_Batch] = []
     with progress_line(console, "sampling", 0) as line:
         for model, group in groupby(enumerate(sources), lambda source: source[1][0]):
-            tokenizer = load_tokenizer(model, config.chat_template)
+            tokenizer = load_tokenizer(model, config.chat_template, trust_remote_code=config.trust_remote_code)
             tokenize = PairTokenizer(tokenizer)
             if prompts:
                 prompts = [

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from dpo_fast.errors import UserError
 from dpo_fast.model.attention import CannotPack, NoLayout, own_attention, packed_attention, use_own_attention
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group, pack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     pass
@@ -47,8 +51,10 @@ def with_fitting_layout(policy: Policy, groups: list[Group]) -> Policy:
     """The policy itself if packs fit its architecture, else one that computes answer by answer, with a warning.
 
     Raises:
-        UserError: neither layout gives the model's own log-probs.
+        UserError: neither layout gives the model's own log-probs, or a group holds tokens that the model lacks.
     """
+    for group in groups:
+        refuse_unknown_tokens(policy.model, (group.prompt_ids, *group.answers), f"row {group.row}")
     verdict = check_packed_forward(policy, groups)
     if verdict.shares_prompts:
         return policy
@@ -59,6 +65,27 @@ def with_fitting_layout(policy: Policy, groups: list[Group]) -> Policy:
     )
     use_own_attention(policy.model)
     return replace(policy, shares_prompts=False)
+
+
+def refuse_unknown_tokens(model: PreTrainedModel, sequences: Iterable[Any], place: str) -> None:
+    """Refuse token ids beyond the model's embedding, which come from tokens that were added to its tokenizer alone.
+
+    Args:
+        model: that is to read them.
+        sequences: lists or arrays of token ids.
+        place: where they are from, for the message.
+
+    Raises:
+        UserError: it names the largest id.
+    """
+    embedding: Any = model.get_input_embeddings()
+    size = embedding.weight.shape[0]
+    largest = max((int(np.max(ids)) for ids in sequences if len(ids)), default=0)
+    if largest >= size:
+        raise UserError(
+            f"{place} has token {largest}, but the model embeds {size} tokens (0 to {size - 1}): its tokenizer has "
+            f"tokens that it lacks. Add them: model.resize_token_embeddings({largest + 1}), then save the model"
+        )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from dpo_fast.packs.layout import PackedBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from dpo_fast.model.attention import PACKED_ATTENTION, packed_attention_forward
-from dpo_fast.model.load import load_model
+from dpo_fast.model.load import load_model, refuse_not_finite
 from dpo_fast.model.placement import Placement
 from dpo_fast.model.rotary import LengthRegimes
 
@@ -92,9 +93,12 @@ class Policy:
         if config.head_memory_budget_gib < 0:
             raise UserError(f"--head_memory_budget_gib {config.head_memory_budget_gib}: expected 0 or above")
         place = Placement.of(config)
-        model: Any = load_model(name or config.model, place.dtype)
+        name = name or config.model
+        model: Any = load_model(name, place.dtype, trust_remote_code=config.trust_remote_code)
+        model.to(device=place.device).eval()
+        refuse_not_finite(name, model)
         return cls(
-            model.to(device=place.device).eval(),
+            model,
             device=place.device,
             bf16=place.bf16,
             memory_budget=int(config.head_memory_budget_gib * 2**30),
@@ -289,9 +293,22 @@ class Policy:
             layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
         return replace(self, is_compiled=True)
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer.
+
+        Args:
+            folder: to write into.
+            tokenizer: of the model.
+            dtype: of the written weights; None is their own.
+        """
+        if dtype in (None, self.model.dtype):
+            self.model.save_pretrained(folder)
+        else:
+            weights = {name: weight.to(dtype) for name, weight in self.model.state_dict().items()}
+            self.model.save_pretrained(folder, state_dict=weights)
+            config = json.loads((folder / "config.json").read_text())
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         tokenizer.save_pretrained(folder)
 
 

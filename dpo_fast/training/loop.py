@@ -22,6 +22,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.files import write_folder_atomically
 from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.model.policy import Policy
+from dpo_fast.model.precision import saved_dtype
 from dpo_fast.training.checkpoint import save_checkpoint, save_state
 from dpo_fast.training.guards import FiniteWatch, check_first_step
 from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, read_metrics
@@ -106,7 +107,7 @@ class Trainer:
             self.save()
             say(self.console, f"stopped by a signal after step {self.step}; continue with --resume auto")
         else:
-            model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_model)
+            model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_final)
             say(self.console, f"trained model: {model_dir}")
         return TrainResult(model_dir, read_metrics(self.output_dir / METRICS_FILE), self.step)
 
@@ -186,8 +187,18 @@ class Trainer:
             average.add(metrics)
         return {f"eval_{name}": value for name, value in average.read().items()}
 
+    def write_final(self, folder: Path) -> None:
+        """Write the Hugging Face folder of the trained model, in the dtype that it is to be used in."""
+        config = self.config
+        saved = saved_dtype(
+            self.policy.model, config.model, config.save_dtype, trust_remote_code=config.trust_remote_code
+        )
+        if saved.reason:
+            say(self.console, saved.reason)
+        self.policy.save(folder, self.tokenizer, saved.dtype)
+
     def write_model(self, folder: Path) -> None:
-        """Write the Hugging Face folder."""
+        """Write the Hugging Face folder, with the weights as they are trained."""
         self.policy.save(folder, self.tokenizer)
 
     def write_checkpoint(self, folder: Path) -> None:

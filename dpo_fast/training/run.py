@@ -17,7 +17,7 @@ from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.model.check import with_fitting_layout
-from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.load import tokenizer_of
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.training.checkpoint import load_state, resolve_resume
@@ -49,7 +49,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     checkpoint = resolve_resume(config.resume, output_dir)
     refuse_to_overwrite(config, output_dir)
 
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    tokenizer = tokenizer_of(config)
     groups, held_out = load_splits(config, tokenizer, console)
     check_scores(config, groups + held_out)
 
@@ -59,7 +59,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
         return TrainResult(None, [], 0)
 
     torch.manual_seed(config.seed)
-    policy = load_policy(config, plan, groups, checkpoint)
+    policy = load_policy(config, plan, groups + held_out, checkpoint)
 
     state = load_state(checkpoint / STATE_FILE) if checkpoint else None
     reference = prepare_reference(

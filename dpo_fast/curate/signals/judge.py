@@ -55,7 +55,7 @@ class Judge(ModelSignal):
         from dpo_fast.model.load import load_model
 
         try:
-            model: Any = load_model(self.name, self.dtype)
+            model: Any = load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
         use_own_attention(model)

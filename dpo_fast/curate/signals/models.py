@@ -39,6 +39,7 @@ class ModelSignal:
         self.spec = f"{self.kind}:{name}"
         self.batch_size = config.judge_batch_size
         self.device_name = getattr(config, "device", "auto")
+        self.trust_remote_code = config.trust_remote_code
 
     @cached_property
     def device(self) -> torch.device:
@@ -60,7 +61,7 @@ class ModelSignal:
         from dpo_fast.model.load import load_tokenizer
 
         try:
-            tokenizer = load_tokenizer(self.name)
+            tokenizer = load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
         tokenizer.padding_side = self.padding_side

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
-from dpo_fast.curate.verdict import Question, Verdict, describe, verdict_of
+from dpo_fast.curate.verdict import Question, Verdict, verdict_of
 from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,13 +33,24 @@ class RewardModel(ModelSignal):
         """
         from transformers import AutoModelForSequenceClassification
 
+        from dpo_fast.model.load import load_config, one_line
+        from dpo_fast.model.source import check_weights_file
+
         tokenizer = self.tokenizer
         try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.name, dtype=self.dtype, output_loading_info=True
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"--signals {self.spec}: cannot load it: {describe(error)}") from error
+            config = load_config(self.name, trust_remote_code=self.trust_remote_code)
+            check_weights_file(self.name, self.name)
+            with one_line(self.name, "its weights"):
+                model, found = AutoModelForSequenceClassification.from_pretrained(
+                    self.name,
+                    config=config,
+                    dtype=self.dtype,
+                    trust_remote_code=self.trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+        except UserError as error:
+            raise UserError(f"--signals {self.spec}: {error}") from error
         if model.config.num_labels != 1:
             raise UserError(f"--signals {self.spec}: has {model.config.num_labels} outputs; a reward model has 1")
         if found["missing_keys"]:
