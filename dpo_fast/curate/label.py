@@ -27,7 +27,7 @@ from dpo_fast.curate.rows import (
 )
 from dpo_fast.curate.signals.registry import Signal, parse_signals
 from dpo_fast.curate.verdict import Question, Verdict
-from dpo_fast.curate.worklog import WorkLog, fingerprint
+from dpo_fast.curate.worklog import WorkLog
 from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run_label(config: LabelConfig, console: Console | None = None) -> Path:
     out = check_out(config.out, overwrite=config.overwrite)
     signals = parse_signals(config)
     rows = read_objects(config.data, config.max_rows, console)
-    with WorkLog(out, _fingerprint(rows, signals, config), overwrite=config.overwrite) as log:
+    with WorkLog(out, _depends_on(rows, signals, config), overwrite=config.overwrite) as log:
         labelled = label_rows(rows, config, console=console, log=log)
         write_rows(out, labelled)
         log.finish()
@@ -171,10 +171,11 @@ def _summary(spec: str, verdicts: Verdicts) -> str:
     return text
 
 
-def _fingerprint(rows: list[Row], signals: list[Signal], config: LabelConfig) -> str:
-    """Identifies all that a score depends on, the contents of files that signals read included."""
+def _depends_on(rows: list[Row], signals: list[Signal], config: LabelConfig) -> dict[str, Any]:
+    """All that a score depends on, the contents of files that signals read included."""
     settings = {field.name: getattr(config, field.name) for field in fields(SignalConfig)}
     for name in _WITHOUT_EFFECT:
         del settings[name]
     files = [Path(signal.argument).read_text() for signal in signals if signal.declaration.reads_file]
-    return fingerprint(settings, files, config.prompt_column, config.responses_column, rows)
+    columns = [config.prompt_column, config.responses_column]
+    return {"settings": [settings, columns], "rows": rows, "files": files}

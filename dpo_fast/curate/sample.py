@@ -16,7 +16,7 @@ from dpo_fast.config import SampleConfig
 from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
 from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, report_dropped, write_rows
-from dpo_fast.curate.worklog import WorkLog, fingerprint
+from dpo_fast.curate.worklog import WorkLog
 from dpo_fast.data.conversation import Text
 from dpo_fast.data.formats import template_kwargs, to_prompt
 from dpo_fast.data.row_report import RowError
@@ -45,7 +45,7 @@ def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
     out = check_out(config.out, overwrite=config.overwrite)
     rows = read_objects(config.data, config.max_rows, console)
     settings = {name: value for name, value in asdict(config).items() if name not in _NEUTRAL}
-    with WorkLog(out, fingerprint(settings, rows), overwrite=config.overwrite) as log:
+    with WorkLog(out, {"settings": settings, "rows": rows}, overwrite=config.overwrite) as log:
         written = sample_rows(rows, config, console=console, log=log)
         write_rows(out, written)
         log.finish()

@@ -253,8 +253,11 @@ def test_what_is_in_the_log_is_not_judged_again(folder, monkeypatch):
     assert first["signal_errors"]["number:gold"] == {"2": "no number in the answer"}
 
 
-@pytest.mark.parametrize("change", ["rows", "timeout", "schema"])
-def test_a_log_of_something_else_is_refused(folder, monkeypatch, capsys, change):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [("rows", "rows"), ("timeout", "settings"), ("schema", "files")],
+)
+def test_a_log_of_something_else_is_refused(folder, monkeypatch, capsys, change, named):
     schema = folder / "schema.json"
     schema.write_text("true")
     command = interrupt(monkeypatch, "--signals", "json_schema:schema.json")
@@ -265,7 +268,7 @@ def test_a_log_of_something_else_is_refused(folder, monkeypatch, capsys, change)
     else:
         command += ["--timeout", "3"]
     assert main(command) == 2
-    assert "left by an interrupted run with other settings" in capsys.readouterr().err
+    assert f"left by an interrupted run with other {named}: rerun with those to resume it" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     [first, *_] = read(folder / "out.jsonl")
     assert first["scores"] == ([0, 0, 0] if change == "schema" else [1, 1, 0])
