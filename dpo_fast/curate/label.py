@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dpo_fast.config import EvalConfig, LabelConfig, SignalConfig
 from dpo_fast.console import say
+from dpo_fast.curate.identity import versions
 from dpo_fast.curate.judge_rows import Verdicts, judge_rows
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.rows import (
@@ -25,6 +26,7 @@ from dpo_fast.curate.rows import (
     responses_of,
     write_rows,
 )
+from dpo_fast.curate.signals.models import ModelSignal
 from dpo_fast.curate.signals.registry import Signal, parse_signals
 from dpo_fast.curate.verdict import Question, Verdict
 from dpo_fast.curate.worklog import WorkLog
@@ -172,10 +174,16 @@ def _summary(spec: str, verdicts: Verdicts) -> str:
 
 
 def _depends_on(rows: list[Row], signals: list[Signal], config: LabelConfig) -> dict[str, Any]:
-    """All that a score depends on, the contents of files that signals read included."""
+    """All that a score depends on, by name."""
     settings = {field.name: getattr(config, field.name) for field in fields(SignalConfig)}
     for name in _WITHOUT_EFFECT:
         del settings[name]
-    files = [Path(signal.argument).read_text() for signal in signals if signal.declaration.reads_file]
     columns = [config.prompt_column, config.responses_column]
-    return {"settings": [settings, columns], "rows": rows, "files": files}
+    depends_on = {"settings": [settings, columns], "rows": rows, "versions": versions("regex", "jsonschema")}
+    if any(isinstance(signal.of_rows, ModelSignal) for signal in signals):
+        from dpo_fast.model.placement import pick_device
+
+        depends_on["device"] = pick_device(config.device).type
+        depends_on["versions"] |= versions("torch", "transformers")
+    identities = {f"files of the signal {signal.spec}": signal.identity for signal in signals}
+    return depends_on | {name: identity for name, identity in identities.items() if identity is not None}

@@ -15,6 +15,7 @@ from rich.console import Console
 from dpo_fast.config import SampleConfig
 from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
+from dpo_fast.curate.identity import file_identity, model_identity, versions
 from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, report_dropped, write_rows
 from dpo_fast.curate.worklog import WorkLog
 from dpo_fast.data.conversation import Text
@@ -23,6 +24,7 @@ from dpo_fast.data.row_report import RowError
 from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.placement import pick_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,13 +46,29 @@ def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
     console = console or Console()
     out = check_out(config.out, overwrite=config.overwrite)
     rows = read_objects(config.data, config.max_rows, console)
-    settings = {name: value for name, value in asdict(config).items() if name not in _NEUTRAL}
-    with WorkLog(out, {"settings": settings, "rows": rows}, overwrite=config.overwrite) as log:
+    with WorkLog(out, _depends_on(rows, config), overwrite=config.overwrite) as log:
         written = sample_rows(rows, config, console=console, log=log)
         write_rows(out, written)
         log.finish()
     say(console, f"{len(written)} prompts with answers: {out}")
     return out
+
+
+def _depends_on(rows: Sequence[Row], config: SampleConfig) -> dict[str, Any]:
+    """All that an answer depends on, by name."""
+    depends_on = {
+        "settings": {name: value for name, value in asdict(config).items() if name not in _NEUTRAL},
+        "rows": rows,
+        "device": pick_device(config.device).type,
+        "versions": versions("torch", "transformers", *(["vllm"] if config.backend == "vllm" else [])),
+    }
+    if config.chat_template is not None:
+        depends_on["chat template"] = file_identity(config.chat_template)
+    return depends_on | {f"files of the model {name}": model_identity(name) for name in _models(config) if name}
+
+
+def _models(config: SampleConfig) -> list[str]:
+    return [config.model] if isinstance(config.model, str) else list(config.model)
 
 
 def sample(data: Rows, model: str | list[str], *, console: Console | None = None, **settings: Any) -> Dataset:
@@ -138,9 +156,8 @@ def answer_rows(
 
     With the same seed, settings and tokens the i-th answers of two models come from the same stream of random numbers.
     """
-    models = [config.model] if isinstance(config.model, str) else list(config.model)
     temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
-    sources = [(model, temperature) for model in models for temperature in temperatures]
+    sources = [(model, temperature) for model in _models(config) for temperature in temperatures]
     _check(config, sources)
     done: _Log = log or _Memory()
     prompts: list[_Prompt] = []

@@ -178,7 +178,8 @@ class WorkLog:
         with write_errors(path):
             path.write_bytes(b"".join(line + b"\n" for line in damaged))
         logger.warning(
-            "%s: damaged lines are set aside in %s (%d), and what they held is done again; all other results are kept (%d)",
+            "%s: damaged lines are set aside in %s (%d), and what they held is done again; "
+            "all other results are kept (%d)",
             *(self.path, path, len(damaged), len(self.results)),
         )
 

@@ -206,6 +206,30 @@ def test_a_killed_command_resumes_to_the_same_answers(model, tmp_path):
     assert not log.exists()
 
 
+@pytest.mark.parametrize("change", ["model.safetensors", "tokenizer.json", "template.jinja", "versions"])
+def test_answers_of_a_changed_model_are_not_mixed(tmp_path, monkeypatch, capsys, change):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_checkpoint(tmp_path / "model")
+    Path("template.jinja").write_text(TEMPLATE)
+    Path("prompts.jsonl").write_text(json.dumps(PROMPTS[0]) + "\n")
+    command = ["sample", "--model", "model", "--data", "prompts.jsonl", "--out", "out.jsonl", "--max-new-tokens", "2"]
+    command += ["--chat_template", "template.jinja", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_fast.curate.sample.write_rows", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main(command) == 130
+    named = "files of the model model"
+    if change == "versions":
+        named = "versions"
+        monkeypatch.setattr("dpo_fast.curate.identity.version", lambda package: "1.0")
+    else:
+        file = tmp_path / change if change == "template.jinja" else tmp_path / "model" / change
+        named = "chat template" if change == "template.jinja" else named
+        file.write_bytes(file.read_bytes() + b" ")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert f"left by an interrupted run with other {named}: rerun with those to resume it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from dpo_fast.config import SignalConfig
+from dpo_fast.curate.identity import command_identity
 from dpo_fast.curate.sandbox.output import Output
 from dpo_fast.curate.sandbox.processes import (
     descendants,
@@ -52,7 +53,7 @@ _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "VIRTUAL_ENV", "PYTH
 
 
 # It stops the program at `--timeout` itself and then needs a moment to clean up.
-@text_signal("command:PROGRAM ARG...", limits=Limits(timeout_grace=2.0), is_slow=True)
+@text_signal("command:PROGRAM ARG...", limits=Limits(timeout_grace=2.0), is_slow=True, identity=command_identity)
 def command(argument: str, config: SignalConfig) -> TextSignal:
     """A checker; call it only in a process without other children, such as `workers.worker`.
 
