@@ -50,8 +50,8 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def write_file_atomically(path: Path, text: str) -> None:
-    """Write a text file that is never seen half written.
+def write_file_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is never seen half written.
 
     Raises:
         WriteError: the file cannot be written; an older one stays.
@@ -59,7 +59,7 @@ def write_file_atomically(path: Path, text: str) -> None:
     with _writing(path):
         staging = path.with_name(f"{_STAGING}{uuid.uuid4().hex}")
         try:
-            _write_synced(staging, text)
+            _write_synced(staging, content)
             staging.rename(path)
         except BaseException:
             staging.unlink(missing_ok=True)
@@ -289,8 +289,8 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text)
+def _write_synced(path: Path, content: str | bytes) -> None:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     path.chmod(0o644)
     _sync(path)
 

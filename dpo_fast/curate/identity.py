@@ -1,7 +1,7 @@
 """Hashes of what results depend on besides settings and rows: weights, checkers, versions.
 
-A log is bound to them (`worklog.WorkLog`), so results from before and after a change are never mixed. The processes that
-judge answers import this module, so it must stay light.
+A log is bound to them (`worklog.WorkLog`), so results from before and after a change are never mixed. The processes
+that judge answers import this module, so it must stay light.
 """
 
 from __future__ import annotations

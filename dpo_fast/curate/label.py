@@ -21,6 +21,7 @@ from dpo_fast.curate.rows import (
     as_dataset,
     as_rows,
     check_out,
+    hold_output,
     read_objects,
     report_dropped,
     responses_of,
@@ -28,6 +29,7 @@ from dpo_fast.curate.rows import (
 )
 from dpo_fast.curate.signals.models import ModelSignal
 from dpo_fast.curate.signals.registry import Signal, parse_signals
+from dpo_fast.curate.stopping import exit_on_signals
 from dpo_fast.curate.verdict import Question, Verdict
 from dpo_fast.curate.worklog import WorkLog
 from dpo_fast.errors import UserError
@@ -50,10 +52,16 @@ def run_label(config: LabelConfig, console: Console | None = None) -> Path:
         from dpo_fast.curate.by_hand import run_by_hand
 
         return run_by_hand(config, console=console)
+    return _run_signals(config, console)
+
+
+@exit_on_signals(resumable=True)
+def _run_signals(config: LabelConfig, console: Console) -> Path:
     out = check_out(config.out, overwrite=config.overwrite)
     signals = parse_signals(config)
     rows = read_objects(config.data, config.max_rows, console)
-    with WorkLog(out, _depends_on(rows, signals, config), overwrite=config.overwrite) as log:
+    depends_on = _depends_on(rows, signals, config)
+    with hold_output(out), WorkLog(out, depends_on, overwrite=config.overwrite) as log:
         labelled = label_rows(rows, config, console=console, log=log)
         write_rows(out, labelled)
         log.finish()

@@ -17,7 +17,17 @@ from dpo_fast.config import PairConfig
 from dpo_fast.console import say
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.pair_report import LengthBias, PairReport
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, responses_of, write_rows
+from dpo_fast.curate.rows import (
+    Row,
+    Rows,
+    as_dataset,
+    as_rows,
+    check_out,
+    hold_output,
+    read_objects,
+    responses_of,
+    write_rows,
+)
 from dpo_fast.curate.sample import SAMPLES
 from dpo_fast.data.formats import choose_pairs
 from dpo_fast.errors import UserError
@@ -41,15 +51,21 @@ def run_pair(config: PairConfig, *, console: Console | None = None) -> Path:
     eval_out = None
     if config.eval_out is not None:
         eval_out = check_out(config.eval_out, option="--eval_out", overwrite=config.overwrite)
+        if eval_out.resolve() == out.resolve():
+            raise UserError(f"--eval_out {eval_out}: is also --out; name another file")
     rows = read_objects(config.data, config.max_rows, console)
     train, held_out, report = pair_rows(rows, config)
     say(console, report.render())
     if not train:
         raise UserError(f"--data {config.data}: yields no pair to train on")
-    write_rows(out, train)
+    with hold_output(out):
+        if eval_out is not None:
+            with hold_output(eval_out, option="--eval_out"):
+                write_rows(eval_out, held_out)
+        # Last, since training reads it: once it is there, the held-out pairs are those that it lacks.
+        write_rows(out, train)
     say(console, f"{len(train)} pairs: {out}")
     if eval_out is not None:
-        write_rows(eval_out, held_out)
         say(console, f"{len(held_out)} pairs held out: {eval_out}")
     return out
 

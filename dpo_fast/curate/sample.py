@@ -16,7 +16,18 @@ from dpo_fast.config import SampleConfig
 from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
 from dpo_fast.curate.identity import file_identity, model_identity, versions
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, report_dropped, write_rows
+from dpo_fast.curate.rows import (
+    Row,
+    Rows,
+    as_dataset,
+    as_rows,
+    check_out,
+    hold_output,
+    read_objects,
+    report_dropped,
+    write_rows,
+)
+from dpo_fast.curate.stopping import exit_on_signals
 from dpo_fast.curate.worklog import WorkLog
 from dpo_fast.data.conversation import Text
 from dpo_fast.data.formats import template_kwargs, to_prompt
@@ -34,6 +45,7 @@ RESPONSES, SAMPLES = "responses", "samples"
 _NEUTRAL = ("out", "overwrite")
 
 
+@exit_on_signals(resumable=True)
 def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
     """Answer the prompts of `config.data` and write `config.out`, one row per prompt.
 
@@ -46,7 +58,7 @@ def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
     console = console or Console()
     out = check_out(config.out, overwrite=config.overwrite)
     rows = read_objects(config.data, config.max_rows, console)
-    with WorkLog(out, _depends_on(rows, config), overwrite=config.overwrite) as log:
+    with hold_output(out), WorkLog(out, _depends_on(rows, config), overwrite=config.overwrite) as log:
         written = sample_rows(rows, config, console=console, log=log)
         write_rows(out, written)
         log.finish()

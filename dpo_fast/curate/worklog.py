@@ -1,14 +1,13 @@
 """Work that resumes where it stopped: results are appended to `OUT.partial` as they come, until `OUT` is complete.
 
-Each process that opens the log writes a line with what the results depend on (settings, rows, models) and its id; every
-other line is a key with its result. Lines are sealed with checksums: a damaged line, or one that a crash cut short, is
-set aside and counted, and only its result is lost. Nothing in the log is ever changed or removed; results of other
-settings are never mixed in. One process at a time holds the log, under a lock that the kernel drops when it dies.
+Each process that opens the log writes a line with what the results depend on (settings, rows, models); every other line
+is a key with its result. Lines are sealed with checksums: a damaged line, or one that a crash cut short, is set aside
+and counted, and only its result is lost. Nothing in the log is ever changed or removed; results of other settings are
+never mixed in. Only a process that holds the output (`rows.hold_output`) may open the log.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -62,19 +61,18 @@ class WorkLog:
         overwrite: bool,
         is_valid: Callable[[str, Any], bool] = lambda key, result: True,
     ) -> None:
-        """Open and lock the log of `out`.
+        """Open the log of `out`.
 
         Args:
-            out: the file that the results are for.
+            out: the file that the results are for; its folder exists.
             depends_on: what the results depend on, by the name that messages use; anything that JSON can hold.
             overwrite: discard a log that belongs to something else.
             is_valid: whether a result under a key can be used; asked of lines without a checksum, which earlier
                 versions wrote.
 
         Raises:
-            UserError: another process holds it, it belongs to other settings or other input, or the folder cannot be
-                written to.
-            WriteError: the disk is full.
+            UserError: it belongs to something else.
+            WriteError: it cannot be written to.
         """
         self.path = log_path(out)
         self.results: dict[str, Any] = {}
@@ -84,34 +82,18 @@ class WorkLog:
         self._seed = xxhash.xxh3_64_intdigest(json.dumps(self._identity).encode())
         self._unsealed_header = {"fingerprint": fingerprint(*depends_on.values())}
         self._is_valid = is_valid
+        with write_errors(self.path):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            # Neither truncates nor requires an existing file: nothing may change before the lock is held.
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written to: {error.strerror}") from error
-        try:
-            self._lock()
             self._load(overwrite=overwrite)
         except BaseException:
             os.close(self._descriptor)
             raise
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            openings, _ = read_lines(self.path.read_bytes(), _parse_opening)
-            holder = f"process {openings[-1]['pid']}" if openings else "another process"
-            raise UserError(f"{self.path} is in use by {holder}: wait for it to end, or stop it") from error
-        except OSError as error:
-            # Some network file systems have no locks; one process at a time is then up to the user.
-            logger.debug("no lock on %s: %s", self.path, error)
-
     def _load(self, *, overwrite: bool) -> None:
         """Take the results of an interrupted run that depended on the same things, or start over."""
         content = self.path.read_bytes()
-        opening = seal({"opened": self._identity, "pid": os.getpid()}, _OPENING_SEED)
+        opening = seal({"opened": self._identity}, _OPENING_SEED)
         records, damaged = read_lines(content, self._parser(content))
         # A kill while the first line was written leaves a log that holds nothing.
         is_new = b"\n" not in content and len(content) < len(opening)
@@ -192,7 +174,7 @@ class WorkLog:
                 while written < len(lines):
                     written += os.pwrite(self._descriptor, lines[written:], self._end + written)
                 os.fsync(self._descriptor)
-            except OSError:
+            except BaseException:
                 with suppress(OSError):
                     os.ftruncate(self._descriptor, self._end)
                 raise

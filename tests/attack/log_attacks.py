@@ -38,13 +38,10 @@ def judge_at_random(session: JudgingSession, rng: random.Random) -> dict[int, di
     return dict(session._judged)
 
 
-# The process's id is in the log, whose length must not depend on it if a seed is to repeat an attack.
-same_pid = mock.patch("dpo_fast.curate.worklog.os.getpid", int)
 quiet = mock.patch("dpo_fast.curate.worklog.logger", mock.Mock())
 
 
 @attack
-@same_pid
 @quiet
 def flipped_bit_in_judgements(rng: random.Random, folder: Path) -> None:
     """Of a person's judgements at most one is lost, which is counted, and none changes or returns."""
@@ -100,7 +97,6 @@ def flipped_bit_in_a_log_of_label(rng: random.Random, folder: Path) -> None:
     )
 
 
-@same_pid
 @quiet
 def resume_after_a_flip(run: Callable[[Path], Path], writer: str, folder: Path, rng: random.Random) -> None:
     """Run, interrupt another run at random, flip a bit of its log, resume, compare."""

@@ -245,7 +245,7 @@ def test_what_is_in_the_log_is_not_judged_again(folder, monkeypatch):
     save_tiny_checkpoint(folder / "model")
     specs = '["json", "number:gold", "judge:model", "field:responses"]'
     command = interrupt(monkeypatch, "--signals", specs, "--device", "cpu")
-    monkeypatch.setattr(judge_rows, "judge_texts", lambda questions, *_: iter(dict(questions)))
+    monkeypatch.setattr(judge_rows, "judge_texts", lambda questions, *_: (row for row in dict(questions)))
     monkeypatch.setattr("dpo_fast.model.load.load_model", None)
     assert main([*command, "--num_workers", "7", "--signal_weights", "[1, 2, 0, 0]"]) == 0
     first, *_ = read(folder / "out.jsonl")

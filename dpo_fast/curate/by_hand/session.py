@@ -19,7 +19,7 @@ from dpo_fast.curate.worklog import WorkLog
 Choice = Literal["left", "right", "tie", "skip"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 BY_HAND = "by_hand"
-# Key in the log: hash of the last result that was written from it, which a later one may replace.
+# Key in the log: hashes of the results written from it that may be there, which a later one may replace.
 WRITTEN = "written"
 
 
@@ -30,7 +30,7 @@ class StaleError(Exception):
 def is_entry(key: str, value: Any, num_places: int) -> bool:
     """Whether a key with its result is an entry of the log of a queue of `num_places` comparisons."""
     if key == WRITTEN:
-        return isinstance(value, str)
+        return isinstance(value, str | list)
     is_judgement = value is None or (
         isinstance(value, dict)
         and value.keys() == {"choice", "seconds"}
