@@ -124,6 +124,27 @@ def test_a_full_disk_is_one_line_and_the_same_command_finishes_later(folder, bas
         assert outputs(name) == expected
 
 
+@pytest.mark.parametrize("kept", [0, 8192])
+def test_scratch_folders_without_room_end_the_run_and_mark_no_answer(folder, monkeypatch, kept):
+    """Without a page there is no worker, with two of them there is no room for what its program reads."""
+    Path("answers.jsonl").write_text(json.dumps({"responses": ["a" * 10_000, "b"]}) + "\n")
+    command = ["label", "--data", "answers.jsonl", "--out", "out.jsonl", "--allow_commands", "--num_workers", "1"]
+    command += ["--signals", f"command:{sys.executable} -S -c 1"]
+    error = io.StringIO()
+    with small_disk(folder / "scratch"), contextlib.redirect_stderr(error):
+        monkeypatch.setenv("TMPDIR", str(folder / "scratch"))
+        # As if it had been full only after Python chose it.
+        monkeypatch.setattr("tempfile.tempdir", str(folder / "scratch"))
+        with full_disk(folder / "scratch", kept):
+            assert main(command) == 1
+        assert "scratch" in error.getvalue()
+        assert "cannot be written: No space left on device" in error.getvalue()
+        assert error.getvalue().endswith("TMPDIR names it; rerun the same command to resume\n")
+        assert list((folder / "scratch").iterdir()) == []
+        assert main(command) == 0
+    assert json.loads(Path("out.jsonl").read_text())["scores"] == [1, 1]
+
+
 def test_a_person_keeps_all_judgements_when_the_disk_is_full(tmp_path, monkeypatch):
     with file_size_limit(tmp_path, 600), pytest.raises(WriteError, match="cannot be written: File too large"):
         in_terminal(monkeypatch, tmp_path, ["l"] * 9 + ["q"])

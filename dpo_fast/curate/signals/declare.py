@@ -13,6 +13,8 @@ from dpo_fast.errors import UserError
 
 # Seconds beyond `--timeout` after which a process that does not return is killed.
 KILL_GRACE = 5.0
+# What to do when there is no room for temporary files.
+TMPDIR_CURE = "TMPDIR names it; rerun the same command to resume"
 
 
 class RowSignal(Protocol):

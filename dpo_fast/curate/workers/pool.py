@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.sandbox.processes import remove_tree
+from dpo_fast.curate.signals.declare import TMPDIR_CURE
 from dpo_fast.curate.signals.registry import Signal
 from dpo_fast.curate.verdict import Question, Verdict, shorten
 from dpo_fast.curate.workers.handle import Judged, WorkerDied, WorkerHandle
@@ -40,13 +41,14 @@ def judge_texts(questions: dict[int, Question], signals: Sequence[Signal], confi
 
     Raises:
         RuntimeError: workers cannot be started, or keep dying for no cause that can be named.
+        WriteError: there is no room for temporary files.
     """
     if not questions or not signals:
         return
     settings = {field.name: getattr(config, field.name) for field in fields(SignalConfig)}
     plain = SignalConfig(**settings | {"signals": [signal.spec for signal in signals], "signal_weights": None})
     tasks = [Task(number, q.row, q.answers) for number, q in questions.items()]
-    with write_errors(Path(tempfile.gettempdir()), cure="TMPDIR names it"):
+    with write_errors(Path(tempfile.gettempdir()), cure=TMPDIR_CURE):
         folder = Path(tempfile.mkdtemp(prefix="dpo-fast-label-")).resolve()
     pool = _Pool(plain, folder, _num_workers(tasks, signals, plain))
     try:
