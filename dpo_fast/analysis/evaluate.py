@@ -26,9 +26,8 @@ from dpo_fast.console import say
 from dpo_fast.curate.generate import SCORED_TOKENS, UNRANKED
 from dpo_fast.curate.label import label_rows
 from dpo_fast.curate.rows import Row, hold_output, read_objects, write_rows
-from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows
+from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows, prompt_ids
 from dpo_fast.curate.stopping import exit_on_signals
-from dpo_fast.data.formats import template_kwargs
 from dpo_fast.data.load import load_groups
 from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
@@ -154,10 +153,7 @@ def _kl(rows: list[Row], config: EvalConfig, console: Console) -> dict[str, floa
     groups = [
         Group(
             number,
-            np.array(
-                tokenize.prompt_ids(row[config.prompt_column], row.get(config.tools_column), template_kwargs(row)),
-                dtype=np.int32,
-            ),
+            np.array(prompt_ids(row, row[config.prompt_column], tokenize, config), dtype=np.int32),
             tuple(np.array(how["ids"], dtype=np.int32) for how in row[SAMPLES]),
             UNRANKED,
         )

@@ -29,6 +29,7 @@ from dpo_fast.curate.rows import (
     write_rows,
 )
 from dpo_fast.curate.sample import SAMPLES
+from dpo_fast.data.columns import SYSTEM
 from dpo_fast.data.formats import choose_pairs
 from dpo_fast.errors import UserError
 
@@ -197,10 +198,18 @@ class _Candidates:
             else response
             for i in (better, worse)
         )
-        tools = {} if self.row.get("tools") is None else {"tools": self.row["tools"]}
+        kept = {name: self.row[name] for name in _template_columns(config) if self.row.get(name) is not None}
         scores = {"chosen_score": self.scores[better], "rejected_score": self.scores[worse]}
         gap = {"score_gap": self._gap((better, worse)), "row": number}
-        return {config.prompt_column: prompt, "chosen": chosen, "rejected": rejected} | tools | scores | gap
+        return {config.prompt_column: prompt, "chosen": chosen, "rejected": rejected} | kept | scores | gap
+
+
+def _template_columns(config: PairConfig) -> list[str]:
+    """The columns besides the prompt that training needs to render the prompt as it was sampled."""
+    names = [config.tools_column, config.system_column, config.chat_template_kwargs_column]
+    # Other names of the system turn that training reads, if none was chosen.
+    names += SYSTEM if config.system_column == PairConfig.system_column else ()
+    return [name for name in names if name]
 
 
 def _lengths(pair: Row) -> tuple[int, int]:

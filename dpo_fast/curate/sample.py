@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 from rich.console import Console
 
-from dpo_fast.config import SampleConfig
+from dpo_fast.config import DataConfig, SampleConfig
 from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
 from dpo_fast.curate.identity import file_identity, model_identity, versions
@@ -77,6 +77,12 @@ def _depends_on(rows: Sequence[Row], config: SampleConfig) -> dict[str, Any]:
     if config.chat_template is not None:
         depends_on["chat template"] = file_identity(config.chat_template)
     return depends_on | {f"files of the model {name}": model_identity(name) for name in _models(config) if name}
+
+
+def _columns(config: SampleConfig) -> DataConfig:
+    """Where a row's prompt is, and what its chat template is given."""
+    names = ("prompt_column", "tools_column", "system_column", "chat_template_kwargs", "chat_template_kwargs_column")
+    return DataConfig(**{name: getattr(config, name) for name in names})
 
 
 def _models(config: SampleConfig) -> list[str]:
@@ -171,6 +177,7 @@ def answer_rows(
     temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
     sources = [(model, temperature) for model in _models(config) for temperature in temperatures]
     _check(config, sources)
+    columns = _columns(config)
     done: _Log = log or _Memory()
     prompts: list[_Prompt] = []
     batches: list[_Batch] = []
@@ -179,10 +186,7 @@ def answer_rows(
             tokenizer = load_tokenizer(model, config.chat_template)
             tokenize = PairTokenizer(tokenizer)
             if prompts:
-                prompts = [
-                    replace(p, ids=tokenize.prompt_ids(p.text, p.row.get(config.tools_column), template_kwargs(p.row)))
-                    for p in prompts
-                ]
+                prompts = [replace(p, ids=prompt_ids(p.row, p.text, tokenize, columns)) for p in prompts]
             else:
                 prompts = _prompts(rows, config, tokenize, console)
                 line.start(len(prompts) * config.num_samples)
@@ -250,24 +254,35 @@ def _prompts(rows: Sequence[Row], config: SampleConfig, tokenize: PairTokenizer,
     wrap = config.apply_chat_template
     if wrap is None:
         wrap = bool(tokenize.tokenizer.chat_template)
+    columns = _columns(config)
     usable: list[_Prompt] = []
     dropped: list[str] = []
     for number, row in enumerate(rows):
         try:
-            prompt, tools = to_prompt(row, config.prompt_column, config.tools_column)
+            prompt, tools = to_prompt(row, columns)
             if wrap and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            ids = tokenize.prompt_ids(prompt, tools, template_kwargs(row))
+            usable_row = row | ({} if tools is None else {config.tools_column: tools})
+            ids = prompt_ids(usable_row, prompt, tokenize, columns)
             if not ids:
                 raise RowError("wrong_type", "the prompt has no tokens, so there is nothing for a model to continue")
         except RowError as error:
             dropped.append(f"row {number}: {error}")
         else:
-            usable.append(_Prompt(row | ({} if tools is None else {config.tools_column: tools}), prompt, ids))
+            usable.append(_Prompt(usable_row, prompt, ids))
     report_dropped(console, dropped)
     if not usable:
         raise UserError("no row has a prompt to answer" + (f": {dropped[0]}" if dropped else ""))
     return usable
+
+
+def prompt_ids(row: Row, prompt: Text, tokenize: PairTokenizer, columns: DataConfig) -> list[int]:
+    """The tokens of a row's prompt, up to where the answer begins.
+
+    Raises:
+        RowError: the chat template refuses it.
+    """
+    return tokenize.prompt_ids(prompt, row.get(columns.tools_column) or None, template_kwargs(row, columns))
 
 
 def _batches(

@@ -151,6 +151,27 @@ def test_strings_become_turns_if_the_model_has_a_template(model, tmp_path):
     assert plain["responses"] == answer_rows(PROMPTS[:1], config_of(model), console=QUIET)[0]["responses"]
 
 
+def test_columns_of_the_template_may_have_other_names(model, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ mode }}{{ tone }}" + TEMPLATE + "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}")
+    row = {"q": "The", "s": "Be brief.", "t": [{"name": "search"}], "k": {"mode": "fast"}}
+    names = {"prompt_column": "q", "system_column": "s", "tools_column": "t", "chat_template_kwargs_column": "k"}
+    config = config_of(
+        model, chat_template=str(template), chat_template_kwargs={"tone": "calm", "mode": "slow"}, **names
+    )
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairTokenizer, "prompt_ids", lambda self, *arguments: seen.append(arguments) or [5])
+        (written,) = answer_rows([row], config, console=QUIET)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The"}]
+    assert seen == [(turns, [{"name": "search"}], {"mode": "fast", "tone": "calm"})]
+    assert {name: written[name] for name in row} == row | {"q": turns}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairTokenizer, "prompt_ids", lambda self, *arguments: seen.append(arguments) or [5])
+        answer_rows([row], replace(config, system_column=None, chat_template_kwargs_column=None), console=QUIET)
+    assert seen[1] == (turns[1:], [{"name": "search"}], {"mode": "slow", "tone": "calm"})
+
+
 def test_rows_without_a_prompt_are_dropped_and_named(model, capsys):
     rows = [{"prompt": ""}, {"question": "?"}, {"prompt": 3}, {"prompt": "The"}]
     written = answer_rows(rows, config_of(model), console=Console())
