@@ -144,7 +144,10 @@ class SampleConfig(SamplingConfig):
         out: .jsonl file to write, one row per prompt.
         prompt_column: column of the prompt, a string or messages.
         tools_column: column with the tools to pass to the chat template.
+        system_column: column with the text of the system turn, which becomes part of the prompt; null reads none.
         chat_template: file with a Jinja chat template that replaces the tokenizer's.
+        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": false}`.
+        chat_template_kwargs_column: column with such arguments per row, which win; null reads none.
         apply_chat_template: turn a string prompt into one user turn; null does so if the tokenizer has a chat template.
             The output rows contain the turns, so training does not need this option.
         max_rows: read at most this many rows; null reads all.
@@ -158,7 +161,10 @@ class SampleConfig(SamplingConfig):
     out: str = ""
     prompt_column: str = "prompt"
     tools_column: str = "tools"
+    system_column: str | None = "system"
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs_column: str | None = "chat_template_kwargs"
     apply_chat_template: bool | None = None
     max_rows: int | None = None
     device: str = "auto"
@@ -206,6 +212,7 @@ class LabelConfig(SignalConfig):
         out: .jsonl file to write: the same rows with `scores`, `signals` and `signal_errors`.
         prompt_column: column of the prompt.
         responses_column: column with the list of answers.
+        system_column: column with the text of the system turn, which is shown by hand; null reads none.
         max_rows: read at most this many rows; null reads all.
         device: where reward models and judges run; `auto` is CUDA if there is a GPU, otherwise the CPU.
         by_hand: judge by hand, on a web page that only this machine can open.
@@ -221,6 +228,7 @@ class LabelConfig(SignalConfig):
     out: str = ""
     prompt_column: str = "prompt"
     responses_column: str = "responses"
+    system_column: str | None = "system"
     max_rows: int | None = None
     device: str = "auto"
     by_hand: bool = False
@@ -244,6 +252,9 @@ class PairConfig:
         prompt_column: column of the prompt.
         responses_column: column with the list of answers.
         scores_column: column with a list of scores, one per answer; answers without a score (null) are left out.
+        tools_column: column with the tools for the chat template; like the next two, it is kept.
+        system_column: column with the text of the system turn; null keeps none.
+        chat_template_kwargs_column: column with arguments of the chat template; null keeps none.
         pairs: which answers to compare: `best_worst` the best with the worst, `adjacent` each with the next worse one,
             `all` every two.
         min_score_gap: do not compare answers whose scores differ by less; equal scores are never compared.
@@ -264,6 +275,9 @@ class PairConfig:
     prompt_column: str = "prompt"
     responses_column: str = "responses"
     scores_column: str = "scores"
+    tools_column: str = "tools"
+    system_column: str | None = "system"
+    chat_template_kwargs_column: str | None = "chat_template_kwargs"
     pairs: PairChoice = "best_worst"
     min_score_gap: float = 0.0
     pairs_per_prompt: int | None = None

@@ -15,16 +15,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Control characters (C1 included, since some terminals obey it) and the two that reorder letters. Unicode's pictures of
-# them would be shorter, but many fonts lack them.
-_CODES = [*range(0x20), *range(0x7F, 0xA0)]
-_VISIBLE = {code: f"\\x{code:02x}" for code in _CODES if chr(code) not in "\n\t"}
-_VISIBLE |= {code: f"\\u{code:04x}" for code in (0x202D, 0x202E)}
+# What acts on a terminal: control characters (C1 included, since some obey it) and the two that reorder letters.
+_ACTIVE = {*map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x202D, 0x202E])} - {"\n", "\t"}
 
 
-def visible(text: str) -> str:
-    """The text with control characters as readable escapes such as `\\x1b`; newlines and tabs stay."""
-    return text.replace("\r\n", "\n").translate(_VISIBLE)
+def visible(text: str, *, strict: bool = False) -> str:
+    """The text with control characters as readable escapes such as `\\x1b`; newlines and tabs stay.
+
+    Unicode's pictures of control characters would be shorter, but many fonts lack them.
+
+    Args:
+        text: any text.
+        strict: also escape all else that does not show, such as joiners, no-break spaces and carriage returns before a
+            newline. It takes emoji and scripts apart, so it suits a view of tokens, not of texts to read.
+    """
+    if strict:
+        return "".join(c if c.isprintable() or c in "\n\t" else _escape(c) for c in text)
+    return "".join(_escape(c) if c in _ACTIVE else c for c in text.replace("\r\n", "\n"))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def say(console: Console, text: str, *, style: str | None = None) -> None:

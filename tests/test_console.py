@@ -44,3 +44,10 @@ def test_control_characters_become_escapes_and_nothing_else_changes():
     assert visible("a\tb\r\nc\rd\x00\x1b[2J\x7f\x9b1m\u202e") == "a\tb\nc" + r"\x0dd\x00\x1b[2J\x7f\x9b1m\u202e"
     harmless = "<b>שלום</b> مرحبا 👩‍🚀 \u200f \u00a0 ␛"
     assert visible(harmless) == harmless
+
+
+def test_strictly_all_that_does_not_show_becomes_an_escape():
+    assert visible("a\tb\r\n\x1b\u202e", strict=True) == "a\tb" + r"\x0d" + "\n" + r"\x1b\u202e"
+    assert visible("👩‍🚀\u200f\u00a0\ud800\U000e0001", strict=True) == r"👩\u200d🚀\u200f\xa0\ud800\ue0001"
+    readable = "<b>שלום</b> 日本語 naïve ␛"
+    assert visible(readable, strict=True) == readable

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from dpo_fast.config import EvalConfig, LabelConfig, SampleConfig, SignalConfig
 from dpo_fast.console import say
 from dpo_fast.curate.generate import UNRANKED
 from dpo_fast.curate.label import label_rows
-from dpo_fast.curate.rows import Row, read_objects, write_rows
-from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows
-from dpo_fast.data.formats import template_kwargs
+from dpo_fast.curate.rows import Row, hold_output, read_objects, write_rows
+from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows, prompt_ids
+from dpo_fast.curate.stopping import exit_on_signals
 from dpo_fast.data.load import load_groups
 from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
@@ -37,6 +38,7 @@ from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
 
 
+@exit_on_signals(resumable=False)
 def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str, Any]:
     """Compare `config.model` with `config.reference`.
 
@@ -50,6 +52,11 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     """
     console = console or Console()
     out = _check(config)
+    with hold_output(out) if out is not None else nullcontext():
+        return _evaluate(config, out, console)
+
+
+def _evaluate(config: EvalConfig, out: Path | None, console: Console) -> dict[str, Any]:
     figures: dict[str, Any] = {"model": config.model, "reference": config.reference, "beta": config.beta}
     if config.data:
         figures["pairs"] = _on_pairs(config, console)
@@ -143,10 +150,7 @@ def _kl(rows: list[Row], config: EvalConfig, console: Console) -> dict[str, floa
     groups = [
         Group(
             number,
-            np.array(
-                tokenize.prompt_ids(row[config.prompt_column], row.get(config.tools_column), template_kwargs(row)),
-                dtype=np.int32,
-            ),
+            np.array(prompt_ids(row, row[config.prompt_column], tokenize, config), dtype=np.int32),
             tuple(np.array(how["ids"], dtype=np.int32) for how in row[SAMPLES]),
             UNRANKED,
         )

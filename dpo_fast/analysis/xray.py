@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.text import Text
 
-from dpo_fast.analysis.inspection_view import visible
+from dpo_fast.analysis.inspection_view import token_text
 from dpo_fast.analysis.pages import render
 from dpo_fast.analysis.token_views import answer_name, token_pieces
 from dpo_fast.config import InspectConfig
@@ -250,7 +250,7 @@ def _text(tokens: Sequence[Token], *, signs: bool) -> Text:
 
 def shown(text: str) -> str:
     """Text with line breaks and control characters visible."""
-    return visible(text.replace("\n", "↵\n"))
+    return token_text(text.replace("\n", "↵\n"))
 
 
 def render_xray(views: Sequence[RowXray], report: DataReport, *, model: str) -> str:

@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 
 import dpo_fast.curate.signals as folder
 from dpo_fast.config import SignalConfig
+from dpo_fast.curate.identity import Identity
 from dpo_fast.curate.signals.declare import SIGNALS, Declaration, RowSignal
 from dpo_fast.curate.verdict import TextSignal
 from dpo_fast.errors import UserError
@@ -40,6 +41,15 @@ class Signal:
     def argument(self) -> str:
         """What follows its name."""
         return self.spec.partition(":")[2]
+
+    @property
+    def identity(self) -> Identity:
+        """Hashes of the files or the model that its scores depend on; None if there are none.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return self.declaration.identity and self.declaration.identity(self.argument)
 
 
 def known_signals() -> str:

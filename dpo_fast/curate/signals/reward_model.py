@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from dpo_fast.curate.identity import model_identity
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@row_signal("reward-model:NAME")
+@row_signal("reward-model:NAME", identity=model_identity)
 class RewardModel(ModelSignal):
     """`reward-model:NAME`: the one logit of a sequence classifier on prompt and answer."""
 

@@ -81,10 +81,11 @@ INVENTED = """
 import time
 from pathlib import Path
 
+from dpo_fast.curate.identity import file_identity
 from dpo_fast.curate.signals.declare import Limits, bad_spec, text_signal
 
 
-@text_signal("vowels", "vowels:FILE", limits=Limits(timeout_grace=1.0), reads_file=True)
+@text_signal("vowels", "vowels:FILE", limits=Limits(timeout_grace=1.0), identity=file_identity)
 def vowels(argument, config):
     if not argument:
         raise bad_spec("vowels", "vowels:FILE")
