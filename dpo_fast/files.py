@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import re
 import resource
 import shutil
@@ -25,7 +26,7 @@ from typing import Any
 
 import xxhash
 
-from dpo_fast.errors import WriteError
+from dpo_fast.errors import UserError, WriteError
 
 logger = logging.getLogger("dpo_fast")
 
@@ -81,6 +82,59 @@ def verify_folder(path: Path) -> list[str]:
         for name, (size, digest) in expectations.items()
         if (problem := _file_problem(path / name, size, digest))
     ]
+
+
+@contextmanager
+def hold(path: Path, what: str) -> Iterator[None]:
+    """Let one process at a time into the block.
+
+    The kernel drops the lock when its holder dies; a lock file that was left behind holds nothing.
+
+    Args:
+        path: the lock file; its folder exists. It names its holder and is removed at the end.
+        what: the thing that is held, for the message.
+
+    Raises:
+        UserError: another process is inside; the message names it.
+        WriteError: the lock file cannot be made.
+    """
+    with write_errors(path):
+        descriptor = _open_lock(path, what)
+    try:
+        with write_errors(path):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        yield
+    finally:
+        # Whoever opened the file before it goes will find that it is gone, and make another.
+        if _is_same_file(path, descriptor):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _open_lock(path: Path, what: str) -> int:
+    """A descriptor of the lock file that is locked, and still at `path`."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise UserError(f"{what} is in use by {holder}: wait for it to end, or stop it") from error
+        except OSError as error:
+            # Some network file systems have no locks; one process at a time is then up to the user.
+            logger.debug("no lock on %s: %s", path, error)
+        if _is_same_file(path, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
