@@ -47,7 +47,7 @@ def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPO
 class FiniteWatch:
     """Collects flags on the device and reads them only when asked, so that a step need not wait for them."""
 
-    def __init__(self, cure: Callable[[], str] = lambda: "look at these rows") -> None:
+    def __init__(self, cure: Callable[[], str] = lambda: "lower --learning_rate") -> None:
         """`cure` is asked for the end of the message when there is one to write."""
         self._flags: list[tuple[int, Sequence[int], Tensor]] = []
         self._cure = cure
@@ -78,7 +78,7 @@ class FiniteWatch:
             bad = list(rows) if finite.ndim == 0 else [r for r, ok in zip(rows, finite.tolist(), strict=True) if not ok]
             raise TrainingError(
                 f"the {what} of step {step} is not finite (data rows, from 0: {', '.join(map(str, bad))}). Nothing was "
-                f"saved after it; {self._cure()}"
+                f"saved after it; look at these rows, or {self._cure()}"
             )
 
 
