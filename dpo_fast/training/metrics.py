@@ -173,7 +173,7 @@ class MetricsFile:
         Raises:
             WriteError: there is no room; the file is as it was.
         """
-        rows, damaged = split_metrics(path)
+        rows, damaged = split_metrics(path, PAIR_METRICS)
         self._path = path
         self.kept = [row for row in rows if row["step"] <= keep_up_to_step]
         self.num_damaged = len(damaged)
@@ -181,7 +181,7 @@ class MetricsFile:
             if damaged:
                 with path.with_name(DAMAGED_METRICS_FILE).open("ab") as aside:
                     aside.write(b"".join(line + b"\n" for line in damaged))
-            if damaged or len(self.kept) < len(rows):
+            if damaged or len(self.kept) < len(rows) or not _ends_a_line(path):
                 write_file_atomically(path, "".join(map(_line, self.kept)))
             self._file = path.open("ab", buffering=0)
 
@@ -210,20 +210,30 @@ class MetricsFile:
         self._file.close()
 
 
+def _ends_a_line(path: Path) -> bool:
+    """Whether a file is empty, missing, or ends by a newline."""
+    return not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+
+
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; none if it is not there. Damaged lines are left out, with a warning."""
-    rows, damaged = split_metrics(path)
+    rows, damaged = split_metrics(path, ("loss",))
     if damaged:
         logger.warning("%s: %d damaged lines are left out", path, len(damaged))
     return rows
 
 
-def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """Rows of a metrics file, and the lines that are none: cut by a crash, or damaged later."""
+def split_metrics(path: Path, names: Sequence[str]) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Rows of a metrics file, and the lines that are none: cut by a crash, or damaged later.
+
+    Args:
+        path: the file; it need not exist.
+        names: figures that every row has; of an evaluation, those with `eval_` before their names.
+    """
     rows, damaged = [], []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         if not line:
@@ -232,21 +242,20 @@ def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if _is_row(row):
+        if _is_row(row, names):
             rows.append(row)
         else:
             damaged.append(line)
     return rows, damaged
 
 
-def _is_row(row: object) -> bool:
-    """Whether a value has what the readers of a metrics file rely on."""
+def _is_row(row: object, names: Sequence[str]) -> bool:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
     prefix = "" if "num_pairs" in row else "eval_"
     numbers = [value for name, value in row.items() if name != "warnings"]
     return (
         all(type(value) in (int, float) for value in numbers)
-        and all(prefix + name in row for name in PAIR_METRICS)
+        and all(prefix + name in row for name in names)
         and isinstance(row.get("warnings", []), list)
     )

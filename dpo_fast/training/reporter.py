@@ -23,9 +23,11 @@ class KernelChoices:
     """Which kernels were chosen on this GPU, and how long each took, in a file of the run's folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Start from what an earlier part of the run wrote."""
+        """Start from what an earlier part of the run wrote; a file that cannot be read is set aside."""
         self._path = folder / CHOICES_FILE
         self._written = read_choices(folder)
+        if not self._written and self._path.exists():
+            self._path.replace(self._path.with_name(f"{CHOICES_FILE}.damaged"))
 
     def write(self) -> None:
         """Write the file if a choice is new."""

@@ -64,6 +64,10 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
         prepare_rows(config, console)
         return TrainResult(None, [], 0)
     with hold_run_folder(output_dir) as folder, stop_signals() as stop:
+        if config.resume is None and not config.overwrite:
+            folder.refuse_old_run()
+        elif config.resume is None and (set_aside := folder.set_aside()):
+            say(console, set_aside)
         try:
             trainer = prepare(config, folder, stop, console)
             stop.defer()
@@ -103,8 +107,6 @@ def prepare_rows(config: DPOConfig, console: Console) -> Rows:
 
 def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Console) -> Trainer:
     """All that precedes the first step. Writes only into the reference store, so it can be interrupted anywhere."""
-    if config.resume is None and not config.overwrite:
-        folder.refuse_old_run()
     checkpoint = resolve_resume(config.resume, folder.path)
     state = None
     changes: Changes = {}
@@ -190,10 +192,10 @@ def load_splits(
 
 
 def start_output(config: DPOConfig, trainer: Trainer, console: Console) -> None:
-    """Make the folder that of this run, and write its settings."""
+    """Make the folder that of this run, and record its settings."""
     import yaml
 
-    if set_aside := trainer.folder.begin(trainer.run_id, overwrite=config.overwrite):
+    if set_aside := trainer.folder.begin(trainer.run_id):
         say(console, set_aside)
     text = yaml.safe_dump(asdict(config), sort_keys=False)
     write_file_atomically(trainer.output_dir / CONFIG_FILE, text)

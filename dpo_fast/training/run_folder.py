@@ -64,7 +64,7 @@ class RunFolder:
         Raises:
             UserError: it holds a run.
         """
-        if self.run is not None or self.entries:
+        if self.entries:
             raise UserError(
                 f"--output_dir {self.path} holds a run: resume it with --resume auto, start over with --overwrite "
                 "true, or choose another folder"
@@ -83,10 +83,10 @@ class RunFolder:
             f"--output_dir, or start over with --overwrite true and without --resume"
         )
 
-    def begin(self, run: str | None, *, overwrite: bool) -> str | None:
+    def begin(self, run: str | None) -> str | None:
         """Make the folder that of the run `run`, or of a new one.
 
-        An old run is set aside if it may be overwritten, or if it is finished and cannot be resumed.
+        What another run left is set aside; so is a finished run that has no checkpoint to resume from.
 
         Returns:
             What was set aside, as a sentence; None if nothing was.
@@ -94,15 +94,27 @@ class RunFolder:
         Raises:
             WriteError: the folder or the one next to it cannot be written; nothing of the old run is lost.
         """
-        if run is not None and run == self.run:
-            return None
-        old, entries = self.run, self.entries
-        resumes = run is not None and old is None
-        is_finished = (self.path / FINAL_FOLDER).exists()
-        self.run = run or uuid.uuid4().hex[:12]
-        if resumes or not entries or not (overwrite or is_finished):
+        is_foreign = run is not None and self.run is not None and run != self.run
+        is_finished = run is None and (self.path / FINAL_FOLDER).exists()
+        if is_foreign or is_finished:
+            return self.set_aside(run)
+        if run is None or run != self.run:
+            self.run = run or _new_id()
             self._record()
+        return None
+
+    def set_aside(self, run: str | None = None) -> str | None:
+        """Move everything that a run wrote to a folder next to this one, which then belongs to `run` or a new run.
+
+        Returns:
+            What was set aside, as a sentence; None if nothing was there.
+
+        Raises:
+            WriteError: as for `begin`.
+        """
+        if not (entries := self.entries):
             return None
+        old, self.run = self.run, run or _new_id()
         aside = self.path.resolve().with_name(f"{self.path.resolve().name}.replaced-by-{self.run}")
         self._replaced.append(aside.name)
         with write_errors(aside):
@@ -127,6 +139,10 @@ class RunFolder:
     def _record(self) -> None:
         text = json.dumps({"id": self.run, "replaced": self._replaced}) + "\n"
         write_file_atomically(self.path / RUN_FILE, text)
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 @contextmanager

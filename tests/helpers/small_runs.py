@@ -21,7 +21,9 @@ from dpo_fast.config import DPOConfig
 QUIET = Console(quiet=True)
 # Children are forked from a process that has imported everything and started no thread.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dpo_fast.training.run", "transformers.models.llama.modeling_llama", "bitsandbytes"])
+CONTEXT.set_forkserver_preload(
+    ["dpo_fast.cli", "dpo_fast.training.run", "transformers.models.llama.modeling_llama", "bitsandbytes"]
+)
 
 
 def write_rows(path: Path, *, num_rows: int = 14) -> str:
@@ -58,9 +60,12 @@ def _run(words: list[str], log: str, slow: list[str], delay: float) -> None:
     os.dup2(descriptor, 2)
     for name in slow:
         _slow_down(name, delay)
-    from dpo_fast.cli import main
+    try:
+        from dpo_fast.cli import main
 
-    sys.exit(main(words))
+        sys.exit(main(words))
+    except KeyboardInterrupt:  # while Python was importing
+        sys.exit(130)
 
 
 def _slow_down(name: str, delay: float) -> None:

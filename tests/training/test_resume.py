@@ -15,6 +15,7 @@ from small_runs import QUIET, assert_same_weights, weights
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
+from dpo_fast.training.loop import Trainer
 from dpo_fast.training.resume import RULES, Rule
 from dpo_fast.training.run import train
 
@@ -133,8 +134,6 @@ def test_a_longer_schedule_is_right_from_its_first_step(trained, tmp_path):
 
 
 def test_the_optimizers_other_settings_are_used(resume, monkeypatch):
-    from dpo_fast.training.loop import Trainer
-
     seen = []
     step = Trainer.train_step
 

@@ -3,15 +3,18 @@
 import os
 import pty
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from small_runs import CONTEXT, QUIET, assert_same_weights, finish, start_train, wait_for
 
-from dpo_fast.cli import STOPPED
+from dpo_fast.cli import STOPPED, run_train
+from dpo_fast.config import DPOConfig
 from dpo_fast.training.checkpoint import verify_checkpoint
+from dpo_fast.training.loop import Trainer
 from dpo_fast.training.run import train
-from dpo_fast.training.signals import StopSignals
+from dpo_fast.training.signals import StopSignals, stop_signals
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +27,6 @@ LOAD = "dpo_fast.model.policy:Policy.load"
 @pytest.fixture(scope="module")
 def whole(base, rows, tmp_path_factory):
     """Folder of the final model of a run that nothing interrupted."""
-    from dpo_fast.config import DPOConfig
-
     folder = tmp_path_factory.mktemp("whole")
     settings = {"output_dir": str(folder / "run"), "reference_store": str(folder / "reference.sqlite")}
     sizes = {"max_length": 64, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "max_steps": 6}
@@ -121,12 +122,6 @@ def test_a_hangup_of_the_terminal_does_not_lose_the_checkpoint(config, whole, tm
 
 
 def _train_in_terminal(terminal, settings, log):
-    import time
-
-    from dpo_fast.cli import run_train
-    from dpo_fast.config import DPOConfig
-    from dpo_fast.training.loop import Trainer
-
     os.setsid()
     descriptor = os.open(terminal, os.O_RDWR)  # of a process without a terminal, it becomes its own
     for number in (0, 1, 2):
@@ -143,19 +138,14 @@ def _train_in_terminal(terminal, settings, log):
     os._exit(run_train(DPOConfig(**settings)))
 
 
-def test_a_hangup_is_ignored_under_nohup(config, whole, tmp_path):
+def test_a_hangup_is_ignored_under_nohup():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    log = tmp_path / "log"
     try:
-        from dpo_fast.training.signals import stop_signals
-
         with stop_signals() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert not stop.is_set()
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)
-    assert not log.exists()
 
 
 def test_signals_are_counted():
