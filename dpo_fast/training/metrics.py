@@ -252,10 +252,9 @@ def split_metrics(path: Path, names: Sequence[str]) -> tuple[list[dict[str, Any]
 def _is_row(row: object, names: Sequence[str]) -> bool:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
-    prefix = "" if "num_pairs" in row else "eval_"
     numbers = [value for name, value in row.items() if name != "warnings"]
     return (
         all(type(value) in (int, float) for value in numbers)
-        and all(prefix + name in row for name in names)
+        and any(all(prefix + name in row for name in names) for prefix in ("", "eval_"))
         and isinstance(row.get("warnings", []), list)
     )
