@@ -19,7 +19,7 @@ types:
 aot:
 	$(PYTHON) benchmarks/aot.py
 
-# Kills, flipped bits and the like at random: make attack SEED=1 MINUTES=20
+# Kills, flipped bits and the like at random; docs/reliability.md says what must hold: make attack SEED=1 MINUTES=20
 SEED ?= 1
 MINUTES ?= 1
 attack:

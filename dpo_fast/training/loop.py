@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,9 @@ from dpo_fast.training.plan import Plan
 from dpo_fast.training.references import RunReference
 from dpo_fast.training.reporter import Reporter, open_reporter
 from dpo_fast.training.resume import (
+    check_moments,
     check_state,
-    restore_optimizer,
+    own_settings,
     restore_schedule,
     restoring,
     settings_text,
@@ -284,12 +284,17 @@ class Trainer:
 
     def _restorers(self) -> Iterator[tuple[str, Callable[[Any], object]]]:
         yield "sampler", self.sampler.load_state_dict
-        yield "optimizer", partial(restore_optimizer, self.optimizer)
+        yield "optimizer", self._restore_optimizer
         if self.reward_shift is not None:
             yield "reward_shift", self.reward_shift.load_state_dict
         if self.reference.moving is not None:
             yield "moving_reference", self.reference.moving.load_state_dict
         yield "rng", torch.set_rng_state
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        with own_settings(self.optimizer):
+            self.optimizer.load_state_dict(state)
+        check_moments(self.optimizer)
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -197,21 +197,25 @@ def restoring(part: str) -> Iterator[None]:
         ) from error
 
 
-def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's moments; its settings stay those that it was made with.
-
-    Raises:
-        ValueError: a moment has another shape than its parameter.
-    """
+@contextmanager
+def own_settings(optimizer: Optimizer) -> Iterator[None]:
+    """Let an optimizer load its moments inside; rate, decay and the like stay those that it was made with."""
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    yield
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
-        for parameter in group["params"]:
-            for name in ("exp_avg", "exp_avg_sq", "state1", "state2"):
-                moment = optimizer.state[parameter].get(name)
-                if moment is not None and moment.shape != parameter.shape:
-                    raise ValueError(f"{name} has shape {tuple(moment.shape)}, its parameter {tuple(parameter.shape)}")
+
+
+def check_moments(optimizer: Optimizer) -> None:
+    """Refuse moments that have another shape than their parameter.
+
+    Raises:
+        ValueError: it names the moment and both shapes.
+    """
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq", "state1", "state2"):
+            if name in state and state[name].shape != parameter.shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}")
 
 
 def restore_schedule(schedule: LRScheduler, state: dict[str, Any], step: int) -> None:
