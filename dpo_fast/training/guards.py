@@ -88,10 +88,12 @@ def check_tensors(tensors: Iterable[tuple[str, Tensor]], step: int, output_dir: 
     Raises:
         TrainingError: it names the first such tensor and the last good checkpoint.
     """
-    floats = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+    floats = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     by_device = defaultdict(list)
     for name, tensor in floats:
-        by_device[tensor.device].append((name, tensor.isfinite().all()))
+        # NaN is both its smallest and its largest number; a mask of finite ones would take a byte for each.
+        smallest, largest = tensor.detach().aminmax()
+        by_device[tensor.device].append((name, smallest.isfinite() & largest.isfinite()))
     for flags in by_device.values():
         good = torch.stack([flag for _, flag in flags]).tolist()
         bad = [name for (name, _), is_good in zip(flags, good, strict=True) if not is_good]

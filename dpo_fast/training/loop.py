@@ -273,23 +273,33 @@ class Trainer:
         Raises:
             UserError: a part is missing or does not fit.
         """
+        self.step, self.run_id = state["step"], state["run"]
         restorers = dict(self._restorers())
         check_state(state, dict.fromkeys(restorers.keys() - STATE_TYPES.keys(), dict))
         for part, restore in restorers.items():
             with restoring(part):
                 restore(state[part])
         with restoring("schedule"):
-            restore_schedule(self.schedule, state["schedule"], state["step"])
-        self.step, self.run_id = state["step"], state["run"]
+            restore_schedule(self.schedule, state["schedule"], self.step)
 
     def _restorers(self) -> Iterator[tuple[str, Callable[[Any], object]]]:
-        yield "sampler", self.sampler.load_state_dict
+        yield "sampler", self._restore_sampler
         yield "optimizer", self._restore_optimizer
         if self.reward_shift is not None:
-            yield "reward_shift", self.reward_shift.load_state_dict
+            yield "reward_shift", self._restore_reward_shift
         if self.reference.moving is not None:
             yield "moving_reference", self.reference.moving.load_state_dict
         yield "rng", torch.set_rng_state
+
+    def _restore_sampler(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+        if state["step"] != self.step:
+            raise ValueError(f"it is at step {state['step']}, the run at {self.step}")
+
+    def _restore_reward_shift(self, state: dict[str, Any]) -> None:
+        assert self.reward_shift is not None, "only asked for where there is one"
+        self.reward_shift.load_state_dict(state)
+        _ = self.reward_shift.value  # fails on what is no number
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
         with own_settings(self.optimizer):

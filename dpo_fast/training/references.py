@@ -70,6 +70,10 @@ def prepare_reference(
         console: for the progress line.
     """
     name = config.ref_model or config.model
+    if known is not None and (known.digests.dtype, known.digests.shape) != (torch.int64, (len(groups),)):
+        raise UserError(
+            "--resume: the checkpoint's hashes of the reference scores do not fit its rows; resume from another one"
+        )
     if config.sync_ref_model:
         moving = MovingReference(
             load(name),

@@ -113,12 +113,13 @@ def _shown(value: object) -> str:
 
 
 def _is_equivalent(name: str, old: DPOConfig, new: DPOConfig) -> bool:
-    """Whether two values of a fixed setting need the same state."""
-    if name == "optim":
-        return OPTIMIZERS.get(old.optim) is OPTIMIZERS.get(new.optim)
-    if name == "loss_type":
-        return _loss_state(old) == _loss_state(new)
-    return False
+    """Whether two values of a fixed setting need the same state; the old one may be damaged."""
+    try:
+        if name == "optim":
+            return OPTIMIZERS[old.optim] is OPTIMIZERS[new.optim]
+        return name == "loss_type" and _loss_state(old) == _loss_state(new)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _loss_state(config: DPOConfig) -> tuple[bool, bool]:
@@ -207,15 +208,23 @@ def own_settings(optimizer: Optimizer) -> Iterator[None]:
 
 
 def check_moments(optimizer: Optimizer) -> None:
-    """Refuse moments that have another shape than their parameter.
+    """Refuse moments that are missing or have another shape than their parameter: kernels do not check.
 
     Raises:
+        KeyError: a moment or the number of steps is missing.
         ValueError: it names the moment and both shapes.
     """
     for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq", "state1", "state2"):
-            if name in state and state[name].shape != parameter.shape:
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}")
+        for pair in (("exp_avg", "exp_avg_sq"), ("state1", "state2")):
+            if state.keys().isdisjoint(pair):
+                continue
+            for name in (*pair, "step"):
+                if name not in state:
+                    raise KeyError(name)
+                if name != "step" and state[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}"
+                    )
 
 
 def restore_schedule(schedule: LRScheduler, state: dict[str, Any], step: int) -> None:

@@ -96,6 +96,23 @@ def test_every_bit_of_a_value_counts_and_its_pack_is_recomputed_to_the_bit(tmp_p
                 np.testing.assert_array_equal(a, b)
 
 
+def test_a_damaged_row_is_scored_in_the_pack_it_came_from(tmp_path, whole, policy, groups):
+    """In a pack of its own it would round differently."""
+    path = tmp_path / "reference.sqlite"
+    path.write_bytes(whole[0])
+    change_blobs(path, lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), where="rowid = 14")
+    scored, counted = [], []
+
+    def score(batch):
+        scored.append(batch.pair_rows)
+        return policy.score(batch)
+
+    with ReferenceStore(path) as store:
+        Reference(store, "model").fill(groups, score, packs=PACKS, progress=counted.append)
+    assert scored == [(5, 6, 7, 8, 9)]
+    assert counted == [1]
+
+
 @pytest.mark.parametrize("value", ["'text'", "12", "1.5", "x'00'"])
 def test_a_column_of_another_type_is_damage(tmp_path, whole, groups, value):
     path = tmp_path / "reference.sqlite"

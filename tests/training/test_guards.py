@@ -13,9 +13,12 @@ from dpo_fast.training.run import train
 
 def test_the_first_tensor_that_is_not_finite_is_named(tmp_path):
     good, bad = torch.ones(3), torch.tensor([1.0, torch.inf])
-    whole = [("a", good), ("count", torch.ones(2, dtype=torch.uint8))]
+    whole = [("a", good), ("count", torch.ones(2, dtype=torch.uint8)), ("none", torch.zeros(0, 3))]
     check_tensors(whole, 3, tmp_path)
     check_tensors([], 3, tmp_path)
+    for number in (torch.nan, -torch.inf):
+        with pytest.raises(TrainingError, match="after step 3, b holds"):
+            check_tensors([*whole, ("b", torch.tensor([[1.0, number], [2.0, 3.0]], dtype=torch.bfloat16))], 3, tmp_path)
     with pytest.raises(TrainingError, match=r"after step 3, b and 1 more of 3 tensors holds numbers .* no good check"):
         check_tensors([*whole, ("b", bad), ("c", bad * 0)], 3, tmp_path)
 

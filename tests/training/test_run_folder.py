@@ -147,8 +147,8 @@ def trained(base, rows, tmp_path_factory):
 def reseal(checkpoint, change):
     """Change a checkpoint's state, and let the manifest agree."""
     state = load_state(checkpoint / STATE_FILE)
-    changed = change(state)
-    torch.save(state if changed is None else changed, checkpoint / STATE_FILE)
+    replaced = change(state)
+    torch.save(replaced if isinstance(replaced, list) else state, checkpoint / STATE_FILE)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     size = (checkpoint / STATE_FILE).stat().st_size
     manifest["files"][STATE_FILE] = {"size": size, "xxh3_128": _digest(checkpoint / STATE_FILE)}
@@ -166,9 +166,13 @@ CHANGES = {
     "a list": lambda state: [state],
     "settings are no JSON": lambda state: state.update(settings="{"),
     "settings are a number": lambda state: state.update(settings="3"),
+    "a loss that is a number": lambda state: state.update(settings=state["settings"].replace('"sigmoid"', "3")),
     "an empty optimizer": lambda state: state["optimizer"].clear(),
     "a group less": lambda state: state["optimizer"]["param_groups"].clear(),
     "a moment of another shape": lambda state: first_moment(state).update(exp_avg=torch.zeros(3)),
+    "no second moment": lambda state: first_moment(state).pop("exp_avg_sq"),
+    "a sampler elsewhere": lambda state: state["sampler"].update(step="2"),
+    "hashes of other rows": lambda state: state.update(reference_digests=torch.zeros(99, dtype=torch.int64)),
     "an empty sampler": lambda state: state["sampler"].clear(),
     "an rng of another dtype": lambda state: state.update(rng=torch.zeros(5000)),
     "rows that are numbers": lambda state: state["rows"].update({"trained on": 3}),
