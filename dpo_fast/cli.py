@@ -30,12 +30,18 @@ from dpo_fast.config import (
 from dpo_fast.errors import TrainingError, UserError, WriteError
 
 RUN_FAILED = 1
+# A signal stopped the run, and the same command continues it: sysexits' EX_TEMPFAIL.
+STOPPED = 75
 USER_MISTAKE = 2
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (the run stopped itself) or 2 (a user's mistake)."""
+    """Run one command; returns the exit code.
+
+    0, 1 (the run stopped itself, or a file could not be written), 2 (a user's mistake), 75 (a signal stopped the run,
+    which can be continued) or 130 (interrupted).
+    """
     # These libraries print their own bars and advice; this program has one progress line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -47,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings.pop("config", None)
     command = COMMANDS[name]
     try:
-        command.run(command.config(**settings))
+        code = command.run(command.config(**settings))
     except WriteError as error:
         print(f"dpo-fast {name}: error: {error}", file=sys.stderr)
         return RUN_FAILED
@@ -60,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dpo-fast {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return code or 0
 
 
-def run_train(config: DPOConfig) -> None:
+def run_train(config: DPOConfig) -> int:
     """`dpo-fast train`."""
     from dpo_fast.training.run import train
 
-    train(config)
+    return STOPPED if train(config).stopped else 0
 
 
 def run_score(config: ScoreConfig) -> None:
@@ -133,10 +139,13 @@ def run_demo(config: DemoConfig) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its settings, function, help line and usage, and the field that takes a bare first argument."""
+    """A subcommand: its settings, function, help line and usage, and the field that takes a bare first argument.
+
+    The function may return an exit code.
+    """
 
     config: type[Any]
-    run: Callable[[Any], None]
+    run: Callable[[Any], int | None]
     help: str
     usage: str
     positional: str | None = None

@@ -39,13 +39,18 @@ _REPLACED = ".dpo-fast-replaced-"
 _LEFTOVER = re.compile(rf"({re.escape(_STAGING)}|{re.escape(_TRASH)})[0-9a-f]{{32}}")
 
 
-def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> Path:
+def write_folder_atomically(path: Path, write: Callable[[Path], None], *, needed: int | None = None) -> Path:
     """Make the folder `path` out of what `write` puts into a staging folder; an older one is replaced.
+
+    Args:
+        path: the folder.
+        write: fills the folder that it is given.
+        needed: bytes that it takes, for the message if there is no room.
 
     Raises:
         WriteError: the folder cannot be written; an older one stays.
     """
-    with _writing(path):
+    with _writing(path, needed=needed):
         _publish(path, write, {})
     return path
 
@@ -156,7 +161,7 @@ def write_errors(path: Path, *, needed: int | None = None, cure: str = "") -> It
     except Exception as error:
         if (reason := _write_failure(error)) is None:
             raise
-        room = f"{path} cannot be written: {reason}{_space(path, needed)}"
+        room = f"{path} cannot be written: {reason} ({space(path, needed)})"
         raise WriteError(f"{room}. Free disk space or choose another folder{cure and f'; {cure}'}") from error
 
 
@@ -179,7 +184,7 @@ def _write_failure(error: BaseException) -> str | None:
     return None
 
 
-def _space(path: Path, needed: int | None) -> str:
+def space(path: Path, needed: int | None = None) -> str:
     """The bytes needed and free, and the limit on the size of a file if there is one."""
     folder = next(folder for folder in [path, *path.absolute().parents] if folder.is_dir())
     facts = [f"{shutil.disk_usage(folder).free:,} bytes free"]
@@ -187,7 +192,7 @@ def _space(path: Path, needed: int | None) -> str:
         facts.insert(0, f"{needed:,} bytes needed")
     if (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) != resource.RLIM_INFINITY:
         facts.append(f"files limited to {limit:,} bytes")
-    return f" ({', '.join(facts)})"
+    return ", ".join(facts)
 
 
 @contextmanager

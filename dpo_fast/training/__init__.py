@@ -7,7 +7,9 @@ references     the reference of a run
 loop           steps, evaluation, checkpoints, the final model
 step           what a pack adds to a step
 reporter       metrics file, progress line, warnings
-signals        SIGTERM and Ctrl-C
+signals        SIGTERM, Ctrl-C and SIGHUP
+run_folder     one run and one process in a folder
+resume         which settings may change, and what must be the same
 settings       what is refused before anything runs
 guards         what stops a run
 metrics        what a run reports

@@ -11,7 +11,6 @@ from dpo_fast.errors import UserError
 from dpo_fast.losses.objective import any_loss, check_loss, needs_reference
 from dpo_fast.model.policy import warn_if_weights_cannot_move
 from dpo_fast.packs.layout import Group
-from dpo_fast.training.metrics import METRICS_FILE
 from dpo_fast.training.optimizers import check_optimizer
 
 
@@ -65,13 +64,8 @@ def check_scores(config: DPOConfig, groups: list[Group]) -> None:
         )
 
 
-def refuse_to_overwrite(config: DPOConfig, output_dir: Path) -> None:
-    """Two runs never share a folder: one that holds a run is resumed or, on request, overwritten."""
+def check_output_dir(output_dir: Path) -> None:
+    """Refuse a folder that can neither be made nor written to."""
     there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--output_dir {output_dir}: {there} is not a folder that can be written to; choose another")
-    if (output_dir / METRICS_FILE).exists() and config.resume is None and not (config.overwrite or config.dry_run):
-        raise UserError(
-            f"--output_dir {output_dir} holds a run: resume it with --resume auto, start over with --overwrite true, "
-            "or choose another folder"
-        )

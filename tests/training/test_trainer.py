@@ -15,52 +15,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from oracle import SENTENCES
 from rich.console import Console
-from safetensors.torch import load_file
+from small_runs import QUIET, assert_same_weights
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.errors import TrainingError, UserError
+from dpo_fast.reference.store import checksum
 from dpo_fast.training.checkpoint import newest_checkpoint
 from dpo_fast.training.loop import Trainer
 from dpo_fast.training.metrics import PAIR_METRICS
 from dpo_fast.training.run import train
 
 pytestmark = pytest.mark.slow
-
-QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    words = " ".join(SENTENCES).split()
-    lines = []
-    for i in range(14):
-        row = {
-            "prompt": " ".join(words[i : i + 1 + i % 5]),
-            "chosen": " " + " ".join(words[i + 5 : i + 7 + i % 3]),
-            "rejected": " " + " ".join(words[i + 9 : i + 10 + i % 6]),
-        }
-        lines.append(json.dumps(row))
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
-@pytest.fixture
-def config(make_config, rows):
-    return lambda **changes: make_config(**{"data": rows, "max_steps": 6} | changes)
-
-
-def weights(folder):
-    return load_file(os.path.join(folder, "model.safetensors"))
-
-
-def assert_same_weights(left, right):
-    left, right = weights(left), weights(right)
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 def test_run_writes_what_the_contract_promises(config, tmp_path):
@@ -82,6 +48,7 @@ def test_run_writes_what_the_contract_promises(config, tmp_path):
         "config.yaml",
         "final",
         "metrics.jsonl",
+        "run.json",
     ]
     assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 1e-3
     trained = AutoModelForCausalLM.from_pretrained(result.model_dir)
@@ -104,12 +71,14 @@ def test_step_0_with_scores_from_other_packs_is_at_the_reference_to_rounding(con
 
 
 def test_a_stale_reference_stops_the_run_before_it_trains(config, tmp_path):
-    """Every stored score is moved by 0.05 nats a token, behind the store's back."""
+    """Every stored score is moved by 0.05 nats a token, by software that knows the checksums."""
     train(config(max_steps=1), console=QUIET)
     with closing(sqlite3.connect(tmp_path / "reference.sqlite")) as connection, connection:
         for key, blob in connection.execute("select key, logps from answers").fetchall():
             moved = (np.frombuffer(blob, "<f4") - np.float32(0.05)).tobytes()
-            connection.execute("update answers set logps = ? where key = ?", (moved, key))
+            connection.execute(
+                "update answers set logps = ?, checksum = ? where key = ?", (moved, checksum(key, moved), key)
+            )
     with pytest.raises(UserError, match="stored reference scores of row"):
         train(config(max_steps=1, overwrite=True), console=QUIET)
 
@@ -235,7 +204,7 @@ def test_a_run_killed_while_scoring_and_while_saving_ends_with_the_same_bits(con
     assert [row["loss"] for row in resumed.metrics] == [row["loss"] for row in whole.metrics]
     # Leftovers of the dead are cleared, and retention has done its work.
     assert sorted(p.name for p in (tmp_path / "run").glob("*")) == [
-        *("checkpoint-5", "checkpoint-6", "config.yaml", "final", "metrics.jsonl")
+        *("checkpoint-5", "checkpoint-6", "config.yaml", "final", "metrics.jsonl", "run.json")
     ]
     assert not list((tmp_path / "run").glob(".*"))
 

@@ -168,5 +168,5 @@ def test_a_resumed_run_ends_with_the_same_bits(options, config, tmp_path):
 
 def test_a_checkpoint_of_another_loss_is_refused(config):
     train(config(save_steps=2), console=QUIET)
-    with pytest.raises(UserError, match="has no reward_shift"):
+    with pytest.raises(UserError, match="--loss_type bco, was sigmoid: may not change"):
         train(config(resume="auto", loss_type="bco"), console=QUIET)
