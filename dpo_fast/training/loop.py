@@ -7,7 +7,6 @@ packs changes neither loss nor gradient.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,11 @@ from dpo_fast.files import write_folder_atomically
 from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.model.policy import Policy
 from dpo_fast.training.checkpoint import save_checkpoint, save_state
+from dpo_fast.training.gradients import prepare_gradients
 from dpo_fast.training.guards import FiniteWatch, check_first_step
 from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, read_metrics
-from dpo_fast.training.optimizers import make_optimizer, make_schedule
+from dpo_fast.training.optimizer_states import load_optimizer_state
+from dpo_fast.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule, optimizer_name
 from dpo_fast.training.plan import Plan
 from dpo_fast.training.references import RunReference
 from dpo_fast.training.reporter import Reporter, open_reporter
@@ -84,6 +85,7 @@ class Trainer:
         self.sampler = plan.sampler(train_set.groups)
         self.held_out_packs = plan.packs(held_out.groups)
         self.optimizer = make_optimizer(policy.model, config)
+        self.gradients = prepare_gradients(config, self.optimizer, policy.model.parameters())
         self.schedule = make_schedule(self.optimizer, config, plan.num_steps)
         self.step = self.saved_step = 0
         self.watch = FiniteWatch()
@@ -124,8 +126,7 @@ class Trainer:
             self.window.add(batch, metrics, padding=self.policy.padding(batch))
         if self.step == 0 and self.config.ref_model is None and needs_reference(self.config):
             check_first_step(average.read(), groups, self.config, self.policy)
-        max_norm = self.config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), max_norm)
+        grad_norm = self.gradients.clip()
         self.watch.add(self.step + 1, [group.row for group in groups], grad_norm.isfinite())
         if self.policy.device.type == "cpu":
             self.watch.check()
@@ -223,7 +224,10 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"--resume: the checkpoint belongs to another run: {error}") from error
         self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = OPTIMIZERS[optimizer_name(self.config)]
+        converted = load_optimizer_state(self.optimizer, state["optimizer"], own.state_format)
+        if converted:
+            say(self.console, f"converted the optimizer's state from the format of {converted}")
         self.schedule.load_state_dict(state["schedule"])
         try:
             if self.reward_shift is not None:

@@ -21,6 +21,7 @@ from dpo_fast.model.load import load_tokenizer
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.training.checkpoint import load_state, resolve_resume
+from dpo_fast.training.gradients import check_gradient_release
 from dpo_fast.training.loop import STATE_FILE, Trainer, TrainResult
 from dpo_fast.training.metrics import METRICS_FILE
 from dpo_fast.training.plan import Plan
@@ -55,6 +56,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
 
     plan = Plan.of(config, groups, held_out)
     say(console, str(plan))
+    check_gradient_release(config, plan, groups)
     if config.dry_run:
         return TrainResult(None, [], 0)
 

@@ -129,9 +129,12 @@ def test_loss_of_step_0_is_checked(config, monkeypatch):
         train(config(), console=QUIET)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
-def test_resume_ends_with_the_same_bits(config, optim, tmp_path):
-    settings = {"optim": optim, "save_steps": 3, "warmup_steps": 2, "eval_split": 0.2}
+@pytest.mark.parametrize(
+    ("optim", "dtype"),
+    [("adamw_torch", "float32"), ("adamw_8bit", "float32"), ("adamw_8bit_fused", "bfloat16")],
+)
+def test_resume_ends_with_the_same_bits(config, optim, dtype, tmp_path):
+    settings = {"optim": optim, "dtype": dtype, "save_steps": 3, "warmup_steps": 2, "eval_split": 0.2}
     whole = train(config(output_dir=str(tmp_path / "whole"), **settings), console=QUIET)
     train(config(output_dir=str(tmp_path / "cut"), **settings), console=QUIET)
     # As if the run had died after step 3: what came later is gone, but its metrics are still there.
@@ -145,6 +148,23 @@ def test_resume_ends_with_the_same_bits(config, optim, tmp_path):
         return [{k: v for k, v in row.items() if k not in timed} for row in result.metrics]
 
     assert figures(resumed) == figures(whole)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "source"),
+    [("adamw_torch", "adamw_8bit_fused", "torch"), ("adamw_8bit_fused", "adamw_8bit", "fused")],
+)
+def test_resume_with_another_optimizer_converts_its_state_and_says_so(config, first, second, source, tmp_path):
+    """The end is that of a run with the first optimizer to the rounding of moments: a fresh state would be far off."""
+    whole = train(config(optim=first, save_steps=3), console=QUIET)
+    told = io.StringIO()
+    settings = config(optim=second, resume=str(tmp_path / "run" / "checkpoint-3"), save_steps=0)
+    resumed = train(settings, console=Console(file=told, width=200))
+    assert f"converted the optimizer's state from the format of {source}" in told.getvalue()
+    ends = weights(whole.model_dir), weights(resumed.model_dir)
+    starts = weights(tmp_path / "run" / "checkpoint-3")
+    moved, off = (torch.cat([(w[name] - v[name]).flatten() for name in w]).norm() for v, w in ((starts, ends[0]), ends))
+    assert off < 0.1 * moved
 
 
 def test_resume_scores_nothing_and_loads_no_reference(config, tmp_path, monkeypatch):
