@@ -18,8 +18,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from environment import environment
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.model.load import load_model, load_tokenizer
+from dpo_fast.model.policy import Policy
 from dpo_fast.training.fused_adamw import AdamW8bitFused
 from dpo_fast.training.optimizers import optimizer
 from dpo_fast.training.run import train
@@ -36,8 +39,8 @@ FIGURES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
 WINDOW = 20
 # What each optimizer is compared with.
 BASELINES = {
-    "adamw_8bit_fused": "fp32 adamw",
-    "adamw_8bit_fused, read as bf16": "fp32 adamw, read as bf16",
+    "adamw_8bit_fused, 24 bits": "adamw_torch",
+    "adamw_8bit_fused, read as bf16": "adamw_torch, read as bf16",
 }
 
 
@@ -78,9 +81,8 @@ def register(name: str, *arguments: Any) -> None:
     optimizer(name)(lambda groups, **settings: OnCopies(groups, *arguments, **settings))
 
 
-register("fp32 adamw", torch.optim.AdamW, torch.float32, lambda inner, copy: copy)
-register("fp32 adamw, read as bf16", torch.optim.AdamW, torch.float32, lambda inner, copy: copy.bfloat16())
-register("adamw_8bit_fused", AdamW8bitFused, torch.bfloat16, AdamW8bitFused.exact_weight)
+register("adamw_torch, read as bf16", torch.optim.AdamW, torch.float32, lambda inner, copy: copy.bfloat16())
+register("adamw_8bit_fused, 24 bits", AdamW8bitFused, torch.bfloat16, AdamW8bitFused.exact_weight)
 register("adamw_8bit_fused, read as bf16", AdamW8bitFused, torch.bfloat16, lambda inner, copy: copy)
 
 
@@ -101,18 +103,32 @@ def rounded_model(source: str, target: Path) -> None:
     load_tokenizer(source).save_pretrained(target)
 
 
-def run(folder: str, optim: str, rate: float, steps: int, max_length: int) -> tuple[str, float, dict[str, Any]]:
+def freeze_all_but(layers: int) -> Callable[..., None]:
+    """A `Policy.set_trainable` that trains the last layers alone."""
+
+    def set_trainable(policy: Policy, *, gradient_checkpointing: bool) -> None:
+        policy.model.train().requires_grad_(False)
+        for layer in policy.model.model.layers[-layers:]:
+            layer.requires_grad_(True)
+
+    return set_trainable
+
+
+def run(folder: str, optim: str, rate: float, args: argparse.Namespace) -> tuple[str, float, dict[str, Any]]:
     """One training run: figures of the last steps, and of the held-out rows at the end."""
     torch.set_num_threads(1)
-    result = train(
-        DPOConfig(
-            **{"model": f"{folder}/model", "data": f"{folder}/rows.jsonl", "output_dir": f"{folder}/{optim} {rate}"},
-            **{"device": "cpu", "reference_store": f"{folder}/{os.getpid()}.sqlite", "optim": optim},
-            **{"learning_rate": rate, "max_steps": steps, "per_device_train_batch_size": 4, "max_length": max_length},
-            **{"eval_split": 0.1, "logging_steps": WINDOW, "save_steps": 0, "seed": 42},
-        ),
-        console=Console(quiet=True),
+    config = DPOConfig(
+        **{"model": f"{folder}/model", "data": f"{folder}/rows.jsonl", "output_dir": f"{folder}/{optim} {rate}"},
+        **{"device": "cpu", "reference_store": f"{folder}/{os.getpid()}.sqlite", "optim": optim},
+        **{"learning_rate": rate, "max_steps": args.steps, "max_length": args.max_length},
+        **{"per_device_train_batch_size": args.pairs, "eval_split": 0.1, "logging_steps": WINDOW},
+        **{"save_steps": 0, "seed": 42},
     )
+    with ExitStack() as stack:
+        if args.trained_layers:
+            replaced = mock.patch.object(Policy, "set_trainable", freeze_all_but(args.trained_layers))
+            stack.enter_context(replaced)
+        result = train(config, console=Console(quiet=True))
     rows = {name: [row[name] for row in result.metrics if name in row] for name in FIGURES}
     held_out = {name: next(row[key] for row in result.metrics if (key := f"eval_{name}") in row) for name in FIGURES}
     return optim, rate, {"training": {name: values[-1] for name, values in rows.items()}, "held out": held_out}
@@ -138,6 +154,8 @@ def main() -> None:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-7, 5e-6])
     parser.add_argument("--optimizers", nargs="+", default=[x for pair in BASELINES.items() for x in pair])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=4, help="per step")
+    parser.add_argument("--trained_layers", type=int, default=0, help="0 trains all weights")
     parser.add_argument("--max_length", type=int, default=80)
     parser.add_argument("--max_prompt", type=int, default=100, help="characters")
     parser.add_argument("--processes", type=int, default=2)
@@ -150,16 +168,14 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.processes, context) as pool:
             futures = [
-                pool.submit(run, folder, optim, rate, args.steps, args.max_length)
-                for optim in args.optimizers
-                for rate in args.learning_rates
+                pool.submit(run, folder, optim, rate, args) for optim in args.optimizers for rate in args.learning_rates
             ]
             for future in as_completed(futures):
                 optim, rate, figures = future.result()
                 runs[f"{rate:g}"][optim] = figures
                 record = {
                     "environment": environment(("dpo-fast", "torch", "transformers")) | {"threads": 1},
-                    "settings": {"rows": num_rows, "steps": args.steps, "max_length": args.max_length, "pairs": 4},
+                    "rows": num_rows,
                     "runs": runs,
                     "percent off fp32": {rate: compare(of_rate) for rate, of_rate in runs.items()},
                 }

@@ -2,6 +2,7 @@
 
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,3 +128,9 @@ def test_bf16_weights_are_warned_of_if_the_optimizer_does_not_move_them(name):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             check_config(config)
+
+
+def test_every_optimizer_has_a_row_in_the_docs():
+    docs = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    rows = "".join(line.split("|")[1] for line in docs.splitlines() if line.startswith("| `"))
+    assert [name for name in OPTIMIZERS if f"`{name}`" not in rows] == []

@@ -156,15 +156,18 @@ def test_resume_ends_with_the_same_bits(config, optim, dtype, tmp_path):
 )
 def test_resume_with_another_optimizer_converts_its_state_and_says_so(config, first, second, source, tmp_path):
     """The end is that of a run with the first optimizer to the rounding of moments: a fresh state would be far off."""
-    whole = train(config(optim=first, save_steps=3), console=QUIET)
+    whole = weights(train(config(optim=first, save_steps=3), console=QUIET).model_dir)
     told = io.StringIO()
     settings = config(optim=second, resume=str(tmp_path / "run" / "checkpoint-3"), save_steps=0)
     resumed = train(settings, console=Console(file=told, width=200))
     assert f"converted the optimizer's state from the format of {source}" in told.getvalue()
-    ends = weights(whole.model_dir), weights(resumed.model_dir)
-    starts = weights(tmp_path / "run" / "checkpoint-3")
-    moved, off = (torch.cat([(w[name] - v[name]).flatten() for name in w]).norm() for v, w in ((starts, ends[0]), ends))
-    assert off < 0.1 * moved
+    start = weights(tmp_path / "run" / "checkpoint-3")
+
+    def distance(left, right):
+        return torch.cat([(left[name] - right[name]).flatten() for name in left]).norm()
+
+    moved, off = distance(start, whole), distance(weights(resumed.model_dir), whole)
+    assert off < 0.15 * moved  # measured: 2% and 9%; 115% if the moments are dropped
 
 
 def test_resume_scores_nothing_and_loads_no_reference(config, tmp_path, monkeypatch):
