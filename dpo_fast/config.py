@@ -425,12 +425,14 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         learning_rate: peak learning rate.
         lr_scheduler_type: name of a transformers schedule (`linear`, `cosine`, `constant_with_warmup`, ...).
         warmup_steps: warm-up steps; a value below 1 is a share of all steps.
-        optim: name of the optimizer.
+        optim: name of the optimizer; `auto` is `adamw_8bit_fused` for bfloat16 weights on a GPU, else `adamw_torch`.
         adam_beta1: Adam's first decay.
         adam_beta2: Adam's second decay.
         adam_epsilon: Adam's epsilon.
         weight_decay: weight decay of matrices; biases and norms have none.
         max_grad_norm: clip the gradient to this norm; 0 does not clip.
+        gradient_release: step each weight during the backward and free its gradient; needs `adamw_8bit_fused`, no
+            clipping, and one pack per step.
         per_device_train_batch_size: rows per micro-batch, each with one or more pairs (see `pairs`).
         gradient_accumulation_steps: micro-batches per optimizer step; the loss is the mean over all its pairs.
         num_train_epochs: passes over the rows, if `max_steps` is not given.
@@ -462,12 +464,13 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "linear"
     warmup_steps: float = 0
-    optim: str = "adamw_torch"
+    optim: str = "auto"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    gradient_release: bool = False
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     num_train_epochs: float = 3.0

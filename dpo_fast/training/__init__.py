@@ -14,6 +14,9 @@ settings       what is refused before anything runs
 guards         what stops a run
 metrics        what a run reports
 optimizers     optimizers by name, and schedules
+fused_adamw    the kernel of `adamw_8bit_fused` as a PyTorch optimizer
+optimizer_states  conversions between the states of three optimizers
+gradients      clipping, and the release of gradients during the backward
 checkpoint     what a run is resumed from
 warning_signs  what a run is warned of
 """

@@ -7,7 +7,6 @@ packs changes neither loss nor gradient.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,11 @@ from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.model.policy import Policy
 from dpo_fast.model.precision import saved_dtype
 from dpo_fast.training.checkpoint import save_checkpoint, save_state
+from dpo_fast.training.gradients import prepare_gradients
 from dpo_fast.training.guards import FiniteWatch, check_first_step, check_tensors, way_back
 from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, read_metrics
-from dpo_fast.training.optimizers import make_optimizer, make_schedule
+from dpo_fast.training.optimizer_states import load_optimizer_state
+from dpo_fast.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule, optimizer_name
 from dpo_fast.training.plan import Plan
 from dpo_fast.training.references import RunReference
 from dpo_fast.training.reporter import Reporter, open_reporter
@@ -110,6 +111,7 @@ class Trainer:
         self.sampler = plan.sampler(train_set.groups)
         self.held_out_packs = plan.packs(held_out.groups)
         self.optimizer = make_optimizer(policy.model, config)
+        self.gradients = prepare_gradients(config, self.optimizer, policy.model.parameters())
         self.schedule = make_schedule(self.optimizer, config, plan.num_steps)
         self.run_id: str | None = None
         self.step = self.saved_step = 0
@@ -147,8 +149,7 @@ class Trainer:
             self.window.add(batch, metrics, padding=self.policy.padding(batch))
         if self.step == 0 and self.config.ref_model is None and needs_reference(self.config):
             check_first_step(average.read(), groups, self.config, self.policy)
-        max_norm = self.config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), max_norm)
+        grad_norm = self.gradients.clip()
         self.watch.add(self.step + 1, [group.row for group in groups], grad_norm.isfinite())
         if self.policy.device.type == "cpu":
             self.watch.check()
@@ -312,8 +313,11 @@ class Trainer:
         _ = self.reward_shift.value  # fails on what is no number
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        own = OPTIMIZERS[optimizer_name(self.config)]
         with own_settings(self.optimizer):
-            self.optimizer.load_state_dict(state)
+            converted = load_optimizer_state(self.optimizer, state, own.state_format)
+        if converted:
+            say(self.console, f"converted the optimizer's state from the format of {converted}")
         check_moments(self.optimizer)
 
 

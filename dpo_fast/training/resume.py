@@ -19,7 +19,6 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
 from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.packs.layout import Group
-from dpo_fast.training.optimizers import OPTIMIZERS
 
 
 class Rule(Enum):
@@ -46,7 +45,7 @@ RULES: dict[str, Rule] = {
         Rule.FIXED,
     ),
     **dict.fromkeys(("model", "ref_model"), Rule.REFERENCE),
-    **dict.fromkeys(("dtype", "bf16", "sync_ref_model", "optim", "loss_type"), Rule.FIXED),
+    **dict.fromkeys(("dtype", "bf16", "sync_ref_model", "loss_type"), Rule.FIXED),
     **dict.fromkeys(
         ("max_tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"), Rule.FIXED
     ),
@@ -57,7 +56,16 @@ RULES: dict[str, Rule] = {
             *("discopop_tau", "dpop_lambda", "simpo_gamma", "alphapo_alpha", "tpo_alpha", "score_scale"),
             *("desirable_weight", "undesirable_weight", "ld_alpha", "use_weighting"),
             *("ref_model_sync_steps", "ref_model_mixup_alpha", "eval_data", "eval_steps"),
-            *("learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon"),
+            *(
+                "optim",
+                "gradient_release",
+                "learning_rate",
+                "lr_scheduler_type",
+                "warmup_steps",
+                "adam_beta1",
+                "adam_beta2",
+                "adam_epsilon",
+            ),
             *("weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "torch_compile", "static_shapes"),
             *("gradient_checkpointing", "activation_checkpointing", "logging_steps", "save_steps", "save_total_limit"),
         ),
@@ -115,8 +123,6 @@ def _shown(value: object) -> str:
 def _is_equivalent(name: str, old: DPOConfig, new: DPOConfig) -> bool:
     """Whether two values of a fixed setting need the same state; the old one may be damaged."""
     try:
-        if name == "optim":
-            return OPTIMIZERS[old.optim] is OPTIMIZERS[new.optim]
         return name == "loss_type" and _loss_state(old) == _loss_state(new)
     except (KeyError, TypeError, ValueError):
         return False
@@ -190,6 +196,8 @@ def restoring(part: str) -> Iterator[None]:
     """Turn the errors of a part of the state that does not fit into one line."""
     try:
         yield
+    except UserError:
+        raise
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else (str(error).strip() or type(error).__name__)
         raise UserError(

@@ -23,6 +23,7 @@ from dpo_fast.model.load import tokenizer_of
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.training.checkpoint import load_state, resolve_resume
+from dpo_fast.training.gradients import check_gradient_release
 from dpo_fast.training.loop import STATE_FILE, STATE_TYPES, Trainer, TrainResult
 from dpo_fast.training.plan import Plan
 from dpo_fast.training.ranks import refuse_many_processes
@@ -102,6 +103,7 @@ def prepare_rows(config: DPOConfig, console: Console) -> Rows:
     check_scores(config, groups + held_out)
     plan = Plan.of(config, groups, held_out)
     say(console, str(plan))
+    check_gradient_release(config, plan, groups)
     return Rows(tokenizer, groups, held_out, plan)
 
 

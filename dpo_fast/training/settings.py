@@ -11,7 +11,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.losses.objective import any_loss, check_loss, needs_reference
 from dpo_fast.model.policy import warn_if_weights_cannot_move
 from dpo_fast.packs.layout import Group
-from dpo_fast.training.optimizers import check_optimizer
+from dpo_fast.training.optimizers import OPTIMIZERS, check_optimizer, optimizer_name
 
 
 def check_config(config: DPOConfig) -> None:
@@ -19,7 +19,7 @@ def check_config(config: DPOConfig) -> None:
     if not config.data:
         raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
     check_loss(config)
-    check_optimizer(config.optim)
+    check_optimizer(config)
     for name in ("beta", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "adam_epsilon"):
         if not getattr(config, name) > 0:
             raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
@@ -51,7 +51,8 @@ def check_config(config: DPOConfig) -> None:
         raise UserError(f"--ld_alpha {config.ld_alpha}: expected a value in [0, 1]")
     if not 0 <= config.eval_split < 1:
         raise UserError(f"--eval_split {config.eval_split}: expected a share of the rows, at least 0 and below 1")
-    warn_if_weights_cannot_move(config, config.learning_rate)
+    if not OPTIMIZERS[optimizer_name(config)].moves_bf16:
+        warn_if_weights_cannot_move(config, config.learning_rate)
 
 
 def check_scores(config: DPOConfig, groups: list[Group]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from small_runs import QUIET, assert_same_weights
+from small_runs import QUIET, assert_same_weights, weights
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.errors import TrainingError, UserError
@@ -98,9 +98,12 @@ def test_loss_of_step_0_is_checked(config, monkeypatch):
         train(config(), console=QUIET)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
-def test_resume_ends_with_the_same_bits(config, optim, tmp_path):
-    settings = {"optim": optim, "save_steps": 3, "warmup_steps": 2, "eval_split": 0.2}
+@pytest.mark.parametrize(
+    ("optim", "dtype"),
+    [("adamw_torch", "float32"), ("adamw_8bit", "float32"), ("adamw_8bit_fused", "bfloat16")],
+)
+def test_resume_ends_with_the_same_bits(config, optim, dtype, tmp_path):
+    settings = {"optim": optim, "dtype": dtype, "save_steps": 3, "warmup_steps": 2, "eval_split": 0.2}
     whole = train(config(output_dir=str(tmp_path / "whole"), **settings), console=QUIET)
     train(config(output_dir=str(tmp_path / "cut"), **settings), console=QUIET)
     # As if the run had died after step 3: what came later is gone, but its metrics are still there.
@@ -114,6 +117,26 @@ def test_resume_ends_with_the_same_bits(config, optim, tmp_path):
         return [{k: v for k, v in row.items() if k not in timed} for row in result.metrics]
 
     assert figures(resumed) == figures(whole)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "source"),
+    [("adamw_torch", "adamw_8bit_fused", "torch"), ("adamw_8bit_fused", "adamw_8bit", "fused")],
+)
+def test_resume_with_another_optimizer_converts_its_state_and_says_so(config, first, second, source, tmp_path):
+    """The end is that of a run with the first optimizer to the rounding of moments: a fresh state would be far off."""
+    whole = weights(train(config(optim=first, save_steps=3), console=QUIET).model_dir)
+    told = io.StringIO()
+    settings = config(optim=second, resume=str(tmp_path / "run" / "checkpoint-3"), save_steps=0)
+    resumed = train(settings, console=Console(file=told, width=200))
+    assert f"converted the optimizer's state from the format of {source}" in told.getvalue()
+    start = weights(tmp_path / "run" / "checkpoint-3")
+
+    def distance(left, right):
+        return torch.cat([(left[name] - right[name]).flatten() for name in left]).norm()
+
+    moved, off = distance(start, whole), distance(weights(resumed.model_dir), whole)
+    assert off < 0.15 * moved  # measured: 2% and 9%; 115% if the moments are dropped
 
 
 def test_resume_scores_nothing_and_loads_no_reference(config, tmp_path, monkeypatch):
