@@ -67,7 +67,6 @@ REFUSED = {
     "dtype": "bfloat16",
     "bf16": True,
     "sync_ref_model": True,
-    "optim": "adamw_8bit",
     "loss_type": "bco",
     "max_tokens_per_batch": 50,
     "per_device_train_batch_size": 2,
