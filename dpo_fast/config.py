@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo_fast.ranges import Settings, number
+
 PairChoice = Literal["best_worst", "adjacent", "all"]
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
 TrainOn = Literal["assistant", "last_turn", "all"]
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """Which rows are read and how they become tokens.
 
     Attributes:
@@ -58,7 +60,7 @@ class DataConfig:
     responses_column: str = "responses"
     scores_column: str = "scores"
     pairs: PairChoice = "best_worst"
-    min_score_gap: float = 0.0
+    min_score_gap: float = number(0.0, least=0)
     weight_column: str | None = None
     margin_column: str | None = None
     gold_column: str | None = None
@@ -70,14 +72,14 @@ class DataConfig:
     apply_chat_template: bool | None = None
     train_on: TrainOn = "assistant"
     keep_reasoning: bool = False
-    max_length: int | None = 1024
+    max_length: int | None = number(1024, least=1)
     truncation_mode: TruncationMode = "keep_start"
-    max_rows: int | None = None
+    max_rows: int | None = number(None, least=1)
     strict: bool = False
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """Which model to run, on which device, in which precision.
 
     Attributes:
@@ -101,8 +103,8 @@ class ModelConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16: bool | None = None
-    max_tokens_per_batch: int | None = None
-    head_memory_budget_gib: float = 2.0
+    max_tokens_per_batch: int | None = number(None, least=1)
+    head_memory_budget_gib: float = number(2.0, least=0)
     autotune: bool = True
     deterministic_attention: bool = True
     reference_store: str | None = None
@@ -110,7 +112,7 @@ class ModelConfig:
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How to sample answers.
 
     Attributes:
@@ -124,14 +126,14 @@ class SamplingConfig:
         seed: random seed for sampling; each batch of prompts derives its own seed from it.
     """
 
-    num_samples: int = 8
-    temperature: float | list[float] = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    generation_batch_size: int = 64
+    num_samples: int = number(8, least=1)
+    temperature: float | list[float] = number(1.0, least=0)
+    top_p: float = number(1.0, above=0, most=1)
+    max_new_tokens: int = number(256, least=1)
+    generation_batch_size: int = number(64, least=1)
     backend: Literal["transformers", "vllm"] = "transformers"
     trust_remote_code: bool = False
-    seed: int = 42
+    seed: int = number(42, least=0, most=2**32 - 1)
 
 
 @dataclass
@@ -166,14 +168,14 @@ class SampleConfig(SamplingConfig):
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template_kwargs_column: str | None = "chat_template_kwargs"
     apply_chat_template: bool | None = None
-    max_rows: int | None = None
+    max_rows: int | None = number(None, least=1)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     overwrite: bool = False
 
 
 @dataclass
-class SignalConfig:
+class SignalConfig(Settings):
     """Which signals judge an answer, and the limits of a checker.
 
     Attributes:
@@ -193,13 +195,13 @@ class SignalConfig:
     signals: str | list[str] = ""
     signal_weights: list[float] | None = None
     allow_commands: bool = False
-    timeout: float = 10.0
-    memory_limit_mib: int = 1024
-    file_limit_mib: int = 64
-    output_limit_kib: int = 1024
-    process_limit: int = 64
-    num_workers: int | None = None
-    judge_batch_size: int = 16
+    timeout: float = number(10.0, above=0, most=1e6)
+    memory_limit_mib: int = number(1024, least=1)
+    file_limit_mib: int = number(64, least=1)
+    output_limit_kib: int = number(1024, least=1)
+    process_limit: int = number(64, least=1)
+    num_workers: int | None = number(None, least=1, most=1024)
+    judge_batch_size: int = number(16, least=1)
     trust_remote_code: bool = False
 
 
@@ -229,19 +231,19 @@ class LabelConfig(SignalConfig):
     prompt_column: str = "prompt"
     responses_column: str = "responses"
     system_column: str | None = "system"
-    max_rows: int | None = None
+    max_rows: int | None = number(None, least=1)
     device: str = "auto"
     by_hand: bool = False
     terminal: bool = False
-    port: int = 0
+    port: int = number(0, least=0, most=65535)
     pairs: Literal["first_two", "adjacent", "all"] = "first_two"
-    repeat_share: float = 0.1
-    seed: int = 42
+    repeat_share: float = number(0.1, least=0, most=1)
+    seed: int = number(42, least=0, most=2**32 - 1)
     overwrite: bool = False
 
 
 @dataclass
-class PairConfig:
+class PairConfig(Settings):
     """Settings of `dpo-fast pair`.
 
     Attributes:
@@ -271,7 +273,7 @@ class PairConfig:
     data: str = ""
     out: str = ""
     eval_out: str | None = None
-    eval_split: float = 0.0
+    eval_split: float = number(0.0, least=0, below=1)
     prompt_column: str = "prompt"
     responses_column: str = "responses"
     scores_column: str = "scores"
@@ -279,17 +281,17 @@ class PairConfig:
     system_column: str | None = "system"
     chat_template_kwargs_column: str | None = "chat_template_kwargs"
     pairs: PairChoice = "best_worst"
-    min_score_gap: float = 0.0
-    pairs_per_prompt: int | None = None
+    min_score_gap: float = number(0.0, least=0)
+    pairs_per_prompt: int | None = number(None, least=1)
     truncated: Literal["never_chosen", "drop", "keep"] = "never_chosen"
     balance_length: bool = False
-    max_rows: int | None = None
-    seed: int = 42
+    max_rows: int | None = number(None, least=1)
+    seed: int = number(42, least=0, most=2**32 - 1)
     overwrite: bool = False
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Settings):
     """Settings of `dpo-fast demo`.
 
     Attributes:
@@ -300,7 +302,7 @@ class DemoConfig:
 
     out: str = "demo"
     quick: bool = False
-    seed: int = 0
+    seed: int = number(0, least=0, most=2**32 - 1)
 
 
 @dataclass
@@ -329,7 +331,7 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
     """
 
     reference: str = ""
-    beta: float = 0.1
+    beta: float = number(0.1, above=0)
     prompts: str | None = None
     plain_prompts: bool = False
     out: str | None = None
@@ -348,12 +350,12 @@ class InspectConfig(ModelConfig, DataConfig):
 
     reference: str = ""
     rows: list[int] | str | None = None
-    beta: float = 0.1
+    beta: float = number(0.1, above=0)
     out: str | None = None
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(Settings):
     """Settings of `dpo-fast report`.
 
     Attributes:
@@ -366,7 +368,7 @@ class ReportConfig:
 
 
 @dataclass
-class LossConfig:
+class LossConfig(Settings):
     """Which loss to train with.
 
     Attributes:
@@ -392,11 +394,11 @@ class LossConfig:
 
     loss_type: str | list[str] = "sigmoid"
     loss_weights: list[float] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    beta: float = number(0.1, above=0)
+    label_smoothing: float = number(0.0, least=0, below=1)
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
+    discopop_tau: float = number(0.05, above=0)
     dpop_lambda: float = 50.0
     simpo_gamma: float = 0.5
     alphapo_alpha: float = 0.25
@@ -404,7 +406,7 @@ class LossConfig:
     score_scale: float = 1.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
-    ld_alpha: float | None = None
+    ld_alpha: float | None = number(None, least=0, most=1)
     use_weighting: bool = False
 
 
@@ -456,39 +458,40 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     output_dir: str = "runs/dpo"
     ref_model: str | None = None
     sync_ref_model: bool = False
-    ref_model_sync_steps: int = 512
-    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = number(512, least=1)
+    ref_model_mixup_alpha: float = number(0.6, above=0, most=1)
     eval_data: str | None = None
-    eval_split: float = 0.0
-    eval_steps: int | None = None
-    learning_rate: float = 1e-6
+    eval_split: float = number(0.0, least=0, below=1)
+    eval_steps: int | None = number(None, least=0)
+    learning_rate: float = number(1e-6, least=0)
     lr_scheduler_type: str = "linear"
-    warmup_steps: float = 0
+    warmup_steps: float = number(0, least=0)
     optim: str = "auto"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    adam_beta1: float = number(0.9, least=0, below=1)
+    adam_beta2: float = number(0.999, least=0, below=1)
+    adam_epsilon: float = number(1e-8, above=0)
+    weight_decay: float = number(0.0, least=0)
+    max_grad_norm: float = number(1.0, least=0)
     gradient_release: bool = False
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: float = 3.0
-    max_steps: int = -1
+    per_device_train_batch_size: int = number(8, least=1)
+    gradient_accumulation_steps: int = number(1, least=1)
+    num_train_epochs: float = number(3.0, least=0)
+    max_steps: int = number(-1, least=-1)
     torch_compile: bool = False
     static_shapes: bool = False
     gradient_checkpointing: bool = False
     activation_checkpointing: bool | None = None
-    logging_steps: int = 10
-    save_steps: int = 500
-    save_total_limit: int | None = None
+    logging_steps: int = number(10, least=1)
+    save_steps: int = number(500, least=0)
+    save_total_limit: int | None = number(None, least=1)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     resume: str | None = None
     overwrite: bool = False
-    seed: int = 42
+    seed: int = number(42, least=0, most=2**32 - 1)
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         """Fold the two names into one, so that saved settings hold one value."""
+        super().__post_init__()
         if self.activation_checkpointing is not None:
             self.gradient_checkpointing, self.activation_checkpointing = self.activation_checkpointing, None

@@ -102,10 +102,6 @@ def pair(data: Rows, *, console: Console | None = None, **settings: Any) -> Data
 
 def pair_rows(rows: Sequence[Row], config: PairConfig) -> tuple[list[Row], list[Row], PairReport]:
     """Preference rows to train on, those of held-out prompts, and what became of every row."""
-    if not 0 <= config.eval_split < 1:
-        raise UserError(f"--eval_split {config.eval_split}: expected a share of the prompts, at least 0 and below 1")
-    if config.pairs_per_prompt is not None and config.pairs_per_prompt < 1:
-        raise UserError(f"--pairs_per_prompt {config.pairs_per_prompt}: expected a number above 0")
     report = PairReport()
     pairs: list[Row] = []
     for number, row in enumerate(rows):

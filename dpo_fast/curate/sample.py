@@ -240,13 +240,6 @@ def _check(config: SampleConfig, sources: list[tuple[str, float]]) -> None:
             f"--num_samples {config.num_samples}: expected at least one for each of the {len(sources)} combinations of "
             "model and temperature"
         )
-    for name in ("max_new_tokens", "generation_batch_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
-    if not all(temperature >= 0 for _, temperature in sources):
-        raise UserError(f"--temperature {config.temperature}: expected 0 or above")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top_p {config.top_p}: expected a share above 0, at most 1")
 
 
 def _prompts(rows: Sequence[Row], config: SampleConfig, tokenize: PairTokenizer, console: Console) -> list[_Prompt]:

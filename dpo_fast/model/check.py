@@ -119,6 +119,10 @@ def check_packed_forward(policy: Policy, groups: list[Group]) -> Verdict:
 
 def _why_not_packed(policy: Policy, probes: list[Group], plain: list[Tensor]) -> str:
     """Why the packed log-probs are not the plain ones; empty if they are."""
+    for module in policy.model.modules():
+        # Llama 4's. It shows in packs of 8,192 tokens alone, which would be a costly probe.
+        if getattr(module, "attn_temperature_tuning", None) and not getattr(module, "use_rope", True):
+            return f"{type(module).__name__} scales queries by their place in the row, not by position_ids"
     try:
         with packed_attention(policy.model):
             packed = _scores(policy, probes)

@@ -47,11 +47,17 @@ class Placement:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA if there is a GPU, else the CPU."""
+    """The device called `name`; `auto` is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        UserError: there is none, or nothing here runs on it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
             # Libraries that launch their own kernels (Triton, bitsandbytes) launch them on the current device.

@@ -90,8 +90,6 @@ class Policy:
     @classmethod
     def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
         """Load `name`, by default `config.model`, as the configuration says."""
-        if config.head_memory_budget_gib < 0:
-            raise UserError(f"--head_memory_budget_gib {config.head_memory_budget_gib}: expected 0 or above")
         place = Placement.of(config)
         name = name or config.model
         model: Any = load_model(name, place.dtype, trust_remote_code=config.trust_remote_code)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dpo_fast.errors import UserError
 from dpo_fast.packs.layout import Group
 
 # Beyond these a pack takes more memory and is hardly faster per token (docs/packing.md).
@@ -27,8 +26,6 @@ def token_budget(config: Any, groups: Sequence[Group], *, pairs: int, device: to
         device: that computes the packs.
     """
     if config.max_tokens_per_batch is not None:
-        if config.max_tokens_per_batch < 1:
-            raise UserError(f"--max_tokens_per_batch {config.max_tokens_per_batch}: expected a number above 0")
         return int(config.max_tokens_per_batch)
     longest = max(group.num_tokens for group in groups)
     room = pairs * (longest if config.max_length is None else 2 * config.max_length)

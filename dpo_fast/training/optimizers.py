@@ -149,5 +149,18 @@ def make_schedule(optimizer: Optimizer, config: DPOConfig, num_steps: int) -> LR
     num_warmup = int(warmup) if warmup >= 1 else round(warmup * num_steps)
     try:
         return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup, num_steps)
-    except ValueError as error:
-        raise UserError(f"--lr_scheduler_type {config.lr_scheduler_type}: {error}") from error
+    except Exception as error:  # whatever a schedule makes of settings that it was not given
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--lr_scheduler_type {config.lr_scheduler_type}: {reason}; expected one without settings of its own: "
+            "linear, cosine, constant, constant_with_warmup, inverse_sqrt"
+        ) from error
+
+
+def check_schedule(config: DPOConfig) -> None:
+    """Refuse a schedule that cannot be made.
+
+    Raises:
+        UserError: it is unknown, or needs settings that there are no options for.
+    """
+    make_schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), config, num_steps=10)

@@ -262,6 +262,19 @@ def test_router_loss_is_the_models_own(family_name):
     assert replace(policy, router_loss_coef=0.0).forward(pack([group])).router_loss is None
 
 
+def test_llama_4_with_temperatures_is_computed_answer_by_answer():
+    """Its layers without rotary positions scale queries by their place in the pack."""
+    tuned = {"no_rope_layers": [1, 0], "attn_temperature_tuning": True, "floor_scale": 8, "attn_scale": 0.3}
+    model = make("Llama4Text", settings_of("Llama4Text") | tuned)
+    groups = random_groups(4)
+    want = own_logps(copy.deepcopy(model), groups)
+    packed = as_policy(model)
+    assert (packed.score(pack(groups)) - want).abs().max() > 1e-3
+    careful = with_fitting_layout(packed, groups)
+    assert not careful.shares_prompts
+    torch.testing.assert_close(careful.score(pack(groups)).double(), want, rtol=0, atol=1e-4)
+
+
 TEMPLATES = dict(zip(FAMILIES, cycle(SETTINGS), strict=False))
 
 

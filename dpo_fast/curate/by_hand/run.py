@@ -74,8 +74,6 @@ def _check(config: LabelConfig) -> None:
             f"--by-hand needs {' and '.join(missing)} for its page: pip install 'dpo-fast[by-hand]', or judge in the "
             "terminal with --terminal"
         )
-    if not 0 <= config.repeat_share <= 1:
-        raise UserError(f"--repeat_share {config.repeat_share}: expected a share, from 0 to 1")
 
 
 def _judge(session: JudgingSession, config: LabelConfig, console: Console) -> None:

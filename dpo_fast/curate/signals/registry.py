@@ -72,8 +72,6 @@ def parse_signals(config: SignalConfig) -> list[Signal]:
     weights = [1.0] * len(specs) if config.signal_weights is None else config.signal_weights
     if len(weights) != len(specs) or not all(map(math.isfinite, weights)):
         raise UserError(f"--signal_weights {weights}: expected {len(specs)} numbers, one for each of {specs}")
-    if config.timeout <= 0:
-        raise UserError(f"--timeout {config.timeout:g}: expected seconds above 0")
     return [_build(spec, weight, config) for spec, weight in zip(specs, weights, strict=True)]
 
 
