@@ -123,27 +123,33 @@ def test_a_new_weight_decay_is_used(resume, trained, tmp_path):
         torch.testing.assert_close(plain[name] - decayed[name], expected, rtol=1e-3, atol=1e-7)
 
 
-def test_a_longer_schedule_is_right_from_its_first_step(trained, tmp_path):
+@pytest.fixture
+def used(monkeypatch):
+    """The optimizer's settings at each step."""
+    seen, step = [], Trainer.train_step
+
+    def noting(self):
+        seen.append({name: self.optimizer.param_groups[0][name] for name in ("lr", "betas", "eps")})
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    return seen
+
+
+def test_a_longer_schedule_is_right_from_its_first_step(trained, tmp_path, used):
     """Two steps of warm-up, then linear to 0 at the tenth: step 7 has half the peak, not the old schedule's 0."""
     settings = {"output_dir": str(tmp_path / "run"), "warmup_steps": 2}
     train(replace(trained, **settings, save_steps=6), console=QUIET)
     result = train(replace(trained, **settings, save_steps=6, resume="auto", max_steps=10), console=QUIET)
     rates = [row["learning_rate"] for row in result.metrics if "loss" in row and row["step"] > 6]
+    assert rates == [settings["lr"] for settings in used[6:]]
     assert rates == pytest.approx([1e-3 * (10 - done) / 8 for done in (6, 7, 8, 9)])
     assert rates[0] == pytest.approx(5e-4)
 
 
-def test_the_optimizers_other_settings_are_used(resume, monkeypatch):
-    seen = []
-    step = Trainer.train_step
-
-    def noting(self):
-        seen.append({name: self.optimizer.param_groups[0][name] for name in ("betas", "eps")})
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "train_step", noting)
+def test_the_optimizers_other_settings_are_used(resume, used):
     resume(adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-4)
-    assert seen == [{"betas": (0.5, 0.9), "eps": 1e-4}] * 3
+    assert [(settings["betas"], settings["eps"]) for settings in used] == [((0.5, 0.9), 1e-4)] * 3
 
 
 def test_a_run_that_is_past_its_new_end_is_refused(resume):
