@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,8 +16,9 @@ from small_runs import QUIET, assert_same_weights, weights
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
+from dpo_fast.packs.layout import Group, Ranking
 from dpo_fast.training.loop import Trainer
-from dpo_fast.training.resume import RULES, Rule
+from dpo_fast.training.resume import RULES, Rule, rows_fingerprint
 from dpo_fast.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -155,6 +157,30 @@ def test_the_optimizers_other_settings_are_used(resume, used):
 def test_a_run_that_is_past_its_new_end_is_refused(resume):
     with pytest.raises(UserError, match=r"has 3 steps, but the run ends after 2 \(--max_steps 2"):
         resume(max_steps=2)
+
+
+def test_the_fingerprint_of_rows_sees_changes_that_leave_all_lengths():
+    prompt, one, two = (np.array(ids, dtype=np.int32) for ids in ([5, 6], [7, 8], [9, 10]))
+    group = Group(0, prompt, (one, two), Ranking(scores=(1.0, 0.0)), (np.array([True, False]), None))
+    other = Group(1, prompt, (one, two))
+    changed = [
+        replace(group, prompt_ids=np.array([5, 7], np.int32)),
+        replace(group, answers=(two, one)),
+        replace(group, answers=(one, np.array([9, 11], np.int32))),
+        replace(group, scored=(np.array([False, True]), None)),
+        replace(group, scored=(None, np.array([True, False]))),
+        *(replace(group, ranking=replace(group.ranking, **change)) for change in RANKINGS),
+    ]
+    fingerprints = {rows_fingerprint([first, other]) for first in [group, *changed]} | {
+        rows_fingerprint([other, group])
+    }
+    assert len(fingerprints) == len(changed) + 2
+    assert (
+        rows_fingerprint([replace(group, row=3), other]) in fingerprints
+    )  # where a row stood in its file is no matter
+
+
+RANKINGS = ({"pairs": ((1, 0),)}, {"scores": (2.0, 0.0)}, {"gold": 1}, {"weight": 0.5})
 
 
 def changed_rows(trained, change):
