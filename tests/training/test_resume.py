@@ -6,6 +6,7 @@ import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,8 +16,9 @@ from small_runs import QUIET, assert_same_weights, weights
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
+from dpo_fast.packs.layout import Group, Ranking
 from dpo_fast.training.loop import Trainer
-from dpo_fast.training.resume import RULES, Rule
+from dpo_fast.training.resume import RULES, Rule, rows_fingerprint
 from dpo_fast.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -122,32 +124,62 @@ def test_a_new_weight_decay_is_used(resume, trained, tmp_path):
         torch.testing.assert_close(plain[name] - decayed[name], expected, rtol=1e-3, atol=1e-7)
 
 
-def test_a_longer_schedule_is_right_from_its_first_step(trained, tmp_path):
+@pytest.fixture
+def used(monkeypatch):
+    """The optimizer's settings at each step."""
+    seen, step = [], Trainer.train_step
+
+    def noting(self):
+        seen.append({name: self.optimizer.param_groups[0][name] for name in ("lr", "betas", "eps")})
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    return seen
+
+
+def test_a_longer_schedule_is_right_from_its_first_step(trained, tmp_path, used):
     """Two steps of warm-up, then linear to 0 at the tenth: step 7 has half the peak, not the old schedule's 0."""
     settings = {"output_dir": str(tmp_path / "run"), "warmup_steps": 2}
     train(replace(trained, **settings, save_steps=6), console=QUIET)
     result = train(replace(trained, **settings, save_steps=6, resume="auto", max_steps=10), console=QUIET)
     rates = [row["learning_rate"] for row in result.metrics if "loss" in row and row["step"] > 6]
+    assert rates == [settings["lr"] for settings in used[6:]]
     assert rates == pytest.approx([1e-3 * (10 - done) / 8 for done in (6, 7, 8, 9)])
     assert rates[0] == pytest.approx(5e-4)
 
 
-def test_the_optimizers_other_settings_are_used(resume, monkeypatch):
-    seen = []
-    step = Trainer.train_step
-
-    def noting(self):
-        seen.append({name: self.optimizer.param_groups[0][name] for name in ("betas", "eps")})
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "train_step", noting)
+def test_the_optimizers_other_settings_are_used(resume, used):
     resume(adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-4)
-    assert seen == [{"betas": (0.5, 0.9), "eps": 1e-4}] * 3
+    assert [(settings["betas"], settings["eps"]) for settings in used] == [((0.5, 0.9), 1e-4)] * 3
 
 
 def test_a_run_that_is_past_its_new_end_is_refused(resume):
     with pytest.raises(UserError, match=r"has 3 steps, but the run ends after 2 \(--max_steps 2"):
         resume(max_steps=2)
+
+
+def test_the_fingerprint_of_rows_sees_changes_that_leave_all_lengths():
+    prompt, one, two = (np.array(ids, dtype=np.int32) for ids in ([5, 6], [7, 8], [9, 10]))
+    group = Group(0, prompt, (one, two), Ranking(scores=(1.0, 0.0)), (np.array([True, False]), None))
+    other = Group(1, prompt, (one, two))
+    changed = [
+        replace(group, prompt_ids=np.array([5, 7], np.int32)),
+        replace(group, answers=(two, one)),
+        replace(group, answers=(one, np.array([9, 11], np.int32))),
+        replace(group, scored=(np.array([False, True]), None)),
+        replace(group, scored=(None, np.array([True, False]))),
+        *(replace(group, ranking=replace(group.ranking, **change)) for change in RANKINGS),
+    ]
+    fingerprints = {rows_fingerprint([first, other]) for first in [group, *changed]} | {
+        rows_fingerprint([other, group])
+    }
+    assert len(fingerprints) == len(changed) + 2
+    assert (
+        rows_fingerprint([replace(group, row=3), other]) in fingerprints
+    )  # where a row stood in its file is no matter
+
+
+RANKINGS = ({"pairs": ((1, 0),)}, {"scores": (2.0, 0.0)}, {"gold": 1}, {"weight": 0.5})
 
 
 def changed_rows(trained, change):
