@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import re
@@ -27,7 +26,9 @@ from dpo_fast.config import (
     SampleConfig,
     ScoreConfig,
 )
+from dpo_fast.config_file import check_config_file
 from dpo_fast.errors import TrainingError, UserError, WriteError
+from dpo_fast.option_names import described
 
 RUN_FAILED = 1
 # A signal stopped the run, and the same command continues it: sysexits' EX_TEMPFAIL.
@@ -47,13 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     words = normalize(list(sys.argv[1:] if argv is None else argv))
-    arguments = make_parser(wants_help=not {"-h", "--help"}.isdisjoint(words)).parse_args(words)
-    name = arguments.subcommand
-    settings = arguments[name].as_dict()
-    settings.pop("config", None)
-    command = COMMANDS[name]
+    parser = make_parser(wants_help=not {"-h", "--help"}.isdisjoint(words))
+    if not words:
+        parser.print_help()
+        return 0
+    name = words[0]
     try:
-        code = command.run(command.config(**settings))
+        if name in COMMANDS:
+            check_config_files(words, COMMANDS[name])
+        settings = parser.parse_args(words)[name].as_dict()
+        settings.pop("config", None)
+        code = COMMANDS[name].run(COMMANDS[name].config(**settings))
     except WriteError as error:
         print(f"dpo-fast {name}: error: {error}", file=sys.stderr)
         return RUN_FAILED
@@ -67,6 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dpo-fast {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code or 0
+
+
+def check_config_files(words: Sequence[str], command: Command) -> None:
+    """Refuse a file of `--config` with a mistake in it; the parser would name the first one, and no file.
+
+    Raises:
+        UserError: it names the file.
+    """
+    known = {field.name for field in dataclasses.fields(command.config)}
+    for word, following in pairwise([*words, "--"]):
+        option, equals, value = word.partition("=")
+        if option == "--config" and (equals or not following.startswith("--")):
+            check_config_file(value if equals else following, known)
 
 
 def run_train(config: DPOConfig) -> int:
@@ -190,14 +208,13 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit with code 2."""
-        known = [option for action in self._actions for option in action.option_strings]
+        known = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
         words = _plain_words(message).split()
-        guesses = [
-            near for word in words if word.startswith("--") for near in difflib.get_close_matches(word, known, 1)
-        ]
-        hint = f" (did you mean {guesses[0]}?)" if words[:1] == ["unrecognized"] and guesses else ""
+        names = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
+        if words[:1] == ["unrecognized"] and names:
+            words = ["unknown options:", described([name.replace("-", "_") for name in names], known)]
         prog = self.prog.replace(" [options]", "")
-        print(f"{prog}: error: {' '.join(words)}{hint}\nsee: {prog} --help", file=sys.stderr)
+        print(f"{prog}: error: {' '.join(words)}\nsee: {prog} --help", file=sys.stderr)
         sys.exit(USER_MISTAKE)
 
 

@@ -72,9 +72,9 @@ class DataConfig(Settings):
     apply_chat_template: bool | None = None
     train_on: TrainOn = "assistant"
     keep_reasoning: bool = False
-    max_length: int | None = number(1024, least=1)
+    max_length: int | None = number(1024, above=0)
     truncation_mode: TruncationMode = "keep_start"
-    max_rows: int | None = number(None, least=1)
+    max_rows: int | None = number(None, above=0)
     strict: bool = False
 
 
@@ -103,7 +103,7 @@ class ModelConfig(Settings):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16: bool | None = None
-    max_tokens_per_batch: int | None = number(None, least=1)
+    max_tokens_per_batch: int | None = number(None, above=0)
     head_memory_budget_gib: float = number(2.0, least=0)
     autotune: bool = True
     deterministic_attention: bool = True
@@ -126,11 +126,11 @@ class SamplingConfig(Settings):
         seed: random seed for sampling; each batch of prompts derives its own seed from it.
     """
 
-    num_samples: int = number(8, least=1)
+    num_samples: int = number(8, above=0)
     temperature: float | list[float] = number(1.0, least=0)
     top_p: float = number(1.0, above=0, most=1)
-    max_new_tokens: int = number(256, least=1)
-    generation_batch_size: int = number(64, least=1)
+    max_new_tokens: int = number(256, above=0)
+    generation_batch_size: int = number(64, above=0)
     backend: Literal["transformers", "vllm"] = "transformers"
     trust_remote_code: bool = False
     seed: int = number(42, least=0, most=2**32 - 1)
@@ -168,7 +168,7 @@ class SampleConfig(SamplingConfig):
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template_kwargs_column: str | None = "chat_template_kwargs"
     apply_chat_template: bool | None = None
-    max_rows: int | None = number(None, least=1)
+    max_rows: int | None = number(None, above=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     overwrite: bool = False
@@ -196,12 +196,12 @@ class SignalConfig(Settings):
     signal_weights: list[float] | None = None
     allow_commands: bool = False
     timeout: float = number(10.0, above=0, most=1e6)
-    memory_limit_mib: int = number(1024, least=1)
-    file_limit_mib: int = number(64, least=1)
-    output_limit_kib: int = number(1024, least=1)
-    process_limit: int = number(64, least=1)
+    memory_limit_mib: int = number(1024, above=0)
+    file_limit_mib: int = number(64, above=0)
+    output_limit_kib: int = number(1024, above=0)
+    process_limit: int = number(64, above=0)
     num_workers: int | None = number(None, least=1, most=1024)
-    judge_batch_size: int = number(16, least=1)
+    judge_batch_size: int = number(16, above=0)
     trust_remote_code: bool = False
 
 
@@ -231,7 +231,7 @@ class LabelConfig(SignalConfig):
     prompt_column: str = "prompt"
     responses_column: str = "responses"
     system_column: str | None = "system"
-    max_rows: int | None = number(None, least=1)
+    max_rows: int | None = number(None, above=0)
     device: str = "auto"
     by_hand: bool = False
     terminal: bool = False
@@ -282,10 +282,10 @@ class PairConfig(Settings):
     chat_template_kwargs_column: str | None = "chat_template_kwargs"
     pairs: PairChoice = "best_worst"
     min_score_gap: float = number(0.0, least=0)
-    pairs_per_prompt: int | None = number(None, least=1)
+    pairs_per_prompt: int | None = number(None, above=0)
     truncated: Literal["never_chosen", "drop", "keep"] = "never_chosen"
     balance_length: bool = False
-    max_rows: int | None = number(None, least=1)
+    max_rows: int | None = number(None, above=0)
     seed: int = number(42, least=0, most=2**32 - 1)
     overwrite: bool = False
 
@@ -458,7 +458,7 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     output_dir: str = "runs/dpo"
     ref_model: str | None = None
     sync_ref_model: bool = False
-    ref_model_sync_steps: int = number(512, least=1)
+    ref_model_sync_steps: int = number(512, above=0)
     ref_model_mixup_alpha: float = number(0.6, above=0, most=1)
     eval_data: str | None = None
     eval_split: float = number(0.0, least=0, below=1)
@@ -473,17 +473,17 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     weight_decay: float = number(0.0, least=0)
     max_grad_norm: float = number(1.0, least=0)
     gradient_release: bool = False
-    per_device_train_batch_size: int = number(8, least=1)
-    gradient_accumulation_steps: int = number(1, least=1)
+    per_device_train_batch_size: int = number(8, above=0)
+    gradient_accumulation_steps: int = number(1, above=0)
     num_train_epochs: float = number(3.0, least=0)
     max_steps: int = number(-1, least=-1)
     torch_compile: bool = False
     static_shapes: bool = False
     gradient_checkpointing: bool = False
     activation_checkpointing: bool | None = None
-    logging_steps: int = number(10, least=1)
+    logging_steps: int = number(10, above=0)
     save_steps: int = number(500, least=0)
-    save_total_limit: int | None = number(None, least=1)
+    save_total_limit: int | None = number(None, above=0)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     resume: str | None = None
     overwrite: bool = False

@@ -73,7 +73,7 @@ class Settings:
         for declared in fields(self):
             if fault := _fault(declared, getattr(self, declared.name)):
                 value = getattr(self, declared.name)
-                raise UserError(f"--{declared.name} {value}: {fault}{' or null' * _may_be_null(declared)}")
+                raise UserError(f"--{declared.name} {value}: {fault}{', or null' * _may_be_null(declared)}")
 
 
 def _fault(declared: Field[Any], value: Any) -> str:
@@ -81,9 +81,14 @@ def _fault(declared: Field[Any], value: Any) -> str:
     if isinstance(value, str):
         if "\0" in value:
             return "expected text without a zero byte"
-        return "expected a value, found none" if not value and declared.default not in ("", MISSING) else ""
+        # An empty name of a column means none.
+        may_be_empty = declared.default in ("", MISSING) or declared.name.endswith("_column")
+        return "" if value or may_be_empty else "expected a value, found none"
     expected: Range = declared.metadata.get("range", ANY)
-    return "" if all(number in expected for number in _numbers(value)) else str(expected)
+    outside = [number for number in _numbers(value) if number not in expected]
+    if any(isinstance(number, int) and number > LARGEST_INT for number in outside) and expected.most is None:
+        return f"expected a number of at most {LARGEST_INT}"
+    return str(expected) if outside else ""
 
 
 def _numbers(value: Any) -> Iterator[float]:

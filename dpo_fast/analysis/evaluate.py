@@ -33,6 +33,8 @@ from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.model.load import tokenizer_of
+from dpo_fast.model.placement import pick_device
+from dpo_fast.model.source import find
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -58,11 +60,12 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
 
 def _evaluate(config: EvalConfig, out: Path | None, console: Console) -> dict[str, Any]:
     figures: dict[str, Any] = {"model": config.model, "reference": config.reference, "beta": config.beta}
+    prompts = read_objects(config.prompts, config.max_rows, console) if config.prompts else []
     if config.data:
         figures["pairs"] = _on_pairs(config, console)
         console.print(pairs_table(figures["pairs"]))
     if config.prompts:
-        rows = write_and_judge(config, console)
+        rows = write_and_judge(prompts, config, console)
         figures["answers"] = answer_figures(*rows)
         if config.temperature == 1 and config.top_p == 1:
             figures["answers"]["kl"] = _kl(rows[0], config, console)
@@ -85,6 +88,9 @@ def _check(config: EvalConfig) -> Path | None:
         raise UserError("--prompts: nothing judges the answers; name a signal with --signals")
     if config.signals and not config.prompts:
         raise UserError("--signals: there are no answers to judge; pass --prompts with the prompts to answer")
+    for name in (config.model, config.reference):
+        find(name)
+    pick_device(config.device)
     if config.out is not None and Path(config.out).suffix != ".json":
         raise UserError(f"--out {config.out}: expected a file that ends in .json")
     return None if config.out is None else Path(config.out)
@@ -110,10 +116,8 @@ def _pair_sums(answers: AnswerLogps, pairs: Sequence[tuple[int, int]]) -> np.nda
     return sums[np.array(pairs)]
 
 
-def write_and_judge(config: EvalConfig, console: Console) -> tuple[list[Row], list[Row]]:
-    """The prompts with the model's and with the reference's answers, judged; both use the same seeds."""
-    assert config.prompts is not None
-    rows = read_objects(config.prompts, config.max_rows, console)
+def write_and_judge(rows: list[Row], config: EvalConfig, console: Console) -> tuple[list[Row], list[Row]]:
+    """Prompts with the model's and with the reference's answers, judged; both use the same seeds."""
     common = {field.name for field in fields(SampleConfig)} & {field.name for field in fields(EvalConfig)}
     shared = {name: getattr(config, name) for name in common - {"model", "data", "out", "apply_chat_template"}}
     written = []

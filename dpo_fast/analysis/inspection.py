@@ -23,6 +23,7 @@ from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.model.load import tokenizer_of
+from dpo_fast.model.placement import pick_device
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -45,6 +46,7 @@ def inspect_rows(config: InspectConfig, *, console: Console | None = None) -> li
     if not config.reference:
         raise UserError("no reference given: pass --reference with the model that training started from")
     check_settings(config)
+    pick_device(config.device)
     tokenizer = tokenizer_of(config)
     groups, report = load_groups(config, tokenizer)
     say(console, report.render())

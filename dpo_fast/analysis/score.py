@@ -17,6 +17,7 @@ from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.model.load import tokenizer_of
+from dpo_fast.model.placement import pick_device
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -33,6 +34,7 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
         raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
     if not config.out:
         raise UserError("no output given: pass --out with the .jsonl file to write")
+    pick_device(config.device)
     with hold_output(Path(config.out)):
         return _score(config, Path(config.out), console)
 

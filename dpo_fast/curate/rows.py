@@ -100,6 +100,8 @@ def hold_output(out: Path, *, option: str = "--out") -> Iterator[None]:
         UserError: another process is writing it, which the message names, or the folder cannot be made.
         WriteError: the folder cannot be written to.
     """
+    if out.is_dir():
+        raise UserError(f"{option} {out}: a folder; expected the name of a file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -56,6 +56,7 @@ def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
         UserError: a mistake in the settings or the data.
     """
     console = console or Console()
+    pick_device(config.device)
     out = check_out(config.out, overwrite=config.overwrite)
     rows = read_objects(config.data, config.max_rows, console)
     with hold_output(out), WorkLog(out, _depends_on(rows, config), overwrite=config.overwrite) as log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,10 @@ def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
         UserError: it cannot be loaded, lacks weights, or is of a kind that is not supported.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        disable_progress_bar()  # as for downloads: the command has a progress line of its own
     source, extra = find(name)
     config = load_config(name, trust_remote_code=trust_remote_code)
     _refuse_other_kinds(name, config, is_gguf=bool(extra))

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
-def find(model: str) -> tuple[str, dict[str, Any]]:
-    """Where transformers finds a model: its path or Hub name, and further arguments.
+def find(model: str, *, option: str = "--model") -> tuple[str, dict[str, Any]]:
+    """Where transformers finds the model that an option names: its path or Hub name, and further arguments.
 
     Raises:
         UserError: there is nothing, or something else than a model.
@@ -27,31 +27,31 @@ def find(model: str) -> tuple[str, dict[str, Any]]:
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"--model {model}: no such file")
+            raise UserError(f"{option} {model}: no such file")
         return str(path.parent), {"gguf_file": path.name}
     # A Hub name has one slash at most; everything else was meant as a folder.
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or model.startswith((".", "~"))):
-        raise UserError(f"--model {model}: no such folder; expected a checkpoint folder, a Hub name or a .gguf file")
+        raise UserError(f"{option} {model}: no such folder; expected a checkpoint folder, a Hub name or a .gguf file")
     if path.is_file():
-        raise UserError(f"--model {model}: a file; expected a checkpoint folder, a Hub name or a .gguf file")
+        raise UserError(f"{option} {model}: a file; expected a checkpoint folder, a Hub name or a .gguf file")
     if path.is_dir():
-        _check_folder(model, path)
+        _check_folder(path, f"{option} {model}")
     return model, {}
 
 
-def _check_folder(model: str, path: Path) -> None:
+def _check_folder(path: Path, named: str) -> None:
     if (path / "config.json").is_file():
         return
     adapter = path / "adapter_config.json"
     if not adapter.is_file():
-        raise UserError(f"--model {model}: the folder holds no config.json; expected a Hugging Face checkpoint folder")
+        raise UserError(f"{named}: the folder holds no config.json; expected a Hugging Face checkpoint folder")
     try:
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = "its base"
     raise UserError(
-        f"--model {model}: an adapter (of {base}), which is not read yet. Merge it first: "
-        f"peft.AutoPeftModelForCausalLM.from_pretrained({model!r}).merge_and_unload().save_pretrained(FOLDER), and "
+        f"{named}: an adapter (of {base}), which is not read yet. Merge it first: "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained(FOLDER), and "
         "save the tokenizer there, too"
     )
 

@@ -18,10 +18,13 @@ from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
+from dpo_fast.losses.objective import needs_reference
 from dpo_fast.model.check import with_fitting_layout
 from dpo_fast.model.load import tokenizer_of
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
+from dpo_fast.reference.fill import store_path
+from dpo_fast.reference.store import ReferenceStore
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.gradients import check_gradient_release
 from dpo_fast.training.loop import STATE_FILE, STATE_TYPES, Trainer, TrainResult
@@ -123,6 +126,8 @@ def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Co
         check_rows(state["rows"], rows.fingerprints, changes)
         check_progress(config, rows.plan, state)
 
+    if needs_reference(config) and not config.sync_ref_model:
+        ReferenceStore(store_path(config)).close()  # a place that cannot be written is found before a model is loaded
     torch.manual_seed(config.seed)
     policy = load_policy(config, rows.plan, rows.groups + rows.held_out, str(checkpoint or config.model))
     reference = prepare_reference(

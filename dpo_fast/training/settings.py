@@ -10,6 +10,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.losses.objective import any_loss, check_loss, needs_reference
 from dpo_fast.model.placement import pick_device
 from dpo_fast.model.policy import warn_if_weights_cannot_move
+from dpo_fast.model.source import find
 from dpo_fast.packs.layout import Group
 from dpo_fast.training.optimizers import OPTIMIZERS, check_optimizer, check_schedule, optimizer_name
 
@@ -23,6 +24,9 @@ def check_config(config: DPOConfig) -> None:
     check_optimizer(config)
     check_schedule(config)
     pick_device(config.device)
+    find(config.model)
+    if config.ref_model is not None:
+        find(config.ref_model, option="--ref_model")
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs == 0):
         raise UserError(
             f"--max_steps {config.max_steps} --num_train_epochs {config.num_train_epochs:g}: no step to take; expected "

@@ -325,7 +325,7 @@ def test_dry_run_reads_the_data_and_stops(config, tmp_path):
         ({"adam_beta1": 1.0}, r"--adam_beta1 1.0: expected a number in \[0, 1\)"),
         ({"adam_epsilon": 0.0}, "--adam_epsilon 0.0"),
         ({"save_total_limit": 0}, "--save_total_limit 0: expected a number above 0, or null"),
-        ({"head_memory_budget_gib": -1.0}, "--head_memory_budget_gib -1.0: expected 0 or above"),
+        ({"head_memory_budget_gib": -1.0}, "--head_memory_budget_gib -1.0: expected a number, 0 or above"),
         ({"max_steps": 0}, "no step to take"),
         ({"max_steps": -1, "num_train_epochs": 0.0}, "no step to take"),
         ({"lr_scheduler_type": "sideways"}, "--lr_scheduler_type sideways"),
