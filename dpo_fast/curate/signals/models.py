@@ -118,9 +118,15 @@ class ModelSignal:
         """
         from jinja2 import TemplateError
 
+        from dpo_fast.data.template_limits import check_template, template_limits
+
+        if isinstance(self.tokenizer.chat_template, str):
+            check_template(self.tokenizer.chat_template)
         plain = [{name: text.encode(errors="replace").decode() for name, text in m.items()} for m in messages]
         try:
-            return self.check(self.tokenizer.apply_chat_template(plain, return_dict=True, **options))
+            with template_limits():
+                tokens = self.tokenizer.apply_chat_template(plain, return_dict=True, **options)
+            return self.check(tokens)
         except TemplateError as error:
             raise Unjudged(f"the model's chat template refuses it: {error}") from error
 
