@@ -11,7 +11,7 @@ from torch import nn
 from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from dpo_fast.model.attention import use_packed_attention
 
 
@@ -68,17 +68,27 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def _refuse_encoder_decoder(name: str, source: str, extra: dict[str, Any]) -> None:
     """Of some, transformers would load the decoder alone, which then answers to no prompt."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, **extra)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--model {name}: cannot load it: {_first_line(error)}") from error
+    config = _load_config(name, source, extra)
     if config.is_encoder_decoder:
         raise UserError(
             f"--model {name}: {config.model_type} is an encoder-decoder, and prompts and answers are read as one "
             "sequence here; expected a causal language model (decoder only)"
         )
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """A model's configuration alone."""
+    return _load_config(name, *_source(name))
+
+
+def _load_config(name: str, source: str, extra: dict[str, Any]) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model {name}: cannot load it: {_first_line(error)}") from error
+    return config
 
 
 def _first_line(error: Exception) -> str:

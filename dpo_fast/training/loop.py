@@ -24,7 +24,7 @@ from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.model.policy import Policy
 from dpo_fast.training.checkpoint import save_checkpoint, save_state
 from dpo_fast.training.guards import FiniteWatch, check_first_step
-from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, read_metrics
+from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, peak_memory_gib, read_metrics
 from dpo_fast.training.optimizers import make_optimizer, make_schedule
 from dpo_fast.training.plan import Plan
 from dpo_fast.training.references import RunReference
@@ -154,6 +154,8 @@ class Trainer:
             row = self.read_window(grad_norm)
             self.watch.check()
             reporter.training(step, row)
+            if step == 1 and self.plan.forecast is not None:
+                say(self.console, self.plan.forecast.compare(peak_memory_gib(self.policy.device)))
             self.window = Window(self.plan.max_tokens)
         with self.window.paused():
             if self.held_out.groups and (is_last or is_due(step, config.eval_steps)):

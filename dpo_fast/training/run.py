@@ -20,6 +20,7 @@ from dpo_fast.model.check import with_fitting_layout
 from dpo_fast.model.load import load_tokenizer
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
+from dpo_fast.training.as_planned import fit_plan, run_as_planned
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.loop import STATE_FILE, Trainer, TrainResult
 from dpo_fast.training.metrics import METRICS_FILE
@@ -53,7 +54,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     groups, held_out = load_splits(config, tokenizer, console)
     check_scores(config, groups + held_out)
 
-    plan = Plan.of(config, groups, held_out)
+    plan = fit_plan(config, Plan.of(config, groups, held_out), groups)
     say(console, str(plan))
     if config.dry_run:
         return TrainResult(None, [], 0)
@@ -68,7 +69,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
         console=console,
     )
 
-    policy.set_trainable(gradient_checkpointing=config.gradient_checkpointing)
+    policy.set_trainable(**plan.activations(config))
     trainer = Trainer(
         *(config, plan, policy, tokenizer),
         PairSet(groups, reference.train),
@@ -81,7 +82,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
         trainer.load_state_dict(state)
         say(console, f"resumed from {checkpoint} at step {trainer.step}")
     start_output(config, output_dir, trainer.step)
-    return trainer.run()
+    return run_as_planned(trainer)
 
 
 def load_policy(config: DPOConfig, plan: Plan, groups: list[Group], checkpoint: Path | None) -> Policy:
