@@ -171,15 +171,17 @@ def _shardings(setting: Setting) -> list[bool]:
 def choose(asked: Planned, free: Free) -> tuple[Planned, list[Planned]]:
     """The best setting, and the others worth knowing, best first.
 
-    The setting that was asked for wins if it fits. Otherwise the lowest tier with a setting that fits, and in it the
-    fastest. If nothing fits, what was asked for comes back.
+    On one card, the setting that was asked for wins if it fits. Otherwise, the lowest tier with a setting that fits,
+    and in it the fastest; nobody asks for a way to share work among several cards. If nothing fits, what was asked for
+    comes back.
     """
     found = list(enumerate_settings(asked, free))
     fitting = [planned for planned in found if planned.fits]
     ranked = sorted(fitting, key=lambda planned: (planned.tier, planned.time.total))
-    best = asked if asked.fits else ranked[0] if ranked else asked
+    is_settled = asked.fits and asked.setting.gpus == 1
+    best = asked if is_settled or not ranked else ranked[0]
     rest = [planned for planned in _distinct(ranked) if planned.setting != best.setting]
-    return best, rest if best is asked or not asked.fits else [asked, *rest]
+    return best, rest
 
 
 def _distinct(ranked: Sequence[Planned]) -> list[Planned]:
