@@ -13,7 +13,7 @@ from dpo_fast.planning.hardware import GIB, Card
 from dpo_fast.planning.measured import OPTIMIZERS
 from dpo_fast.planning.memory import peak
 from dpo_fast.planning.setting import Policy, Setting
-from dpo_fast.planning.shapes import ModelShape
+from dpo_fast.planning.shapes import CannotPlan, ModelShape
 from dpo_fast.planning.view import one_line, render, way_out
 from dpo_fast.planning.workload import Workload
 
@@ -25,12 +25,12 @@ def resolve_optimizer(config: DPOConfig, *, on_cpu: bool) -> str:
     """The optimizer by its name in the table; `auto` is the fused one for bf16 weights on a GPU, else PyTorch's.
 
     Raises:
-        UserError: nothing is known about it.
+        CannotPlan: nothing is known about it.
     """
     if config.optim == "auto":
         return "adamw_8bit_fused" if config.dtype == "bfloat16" and not on_cpu else "adamw_torch"
     if config.optim not in OPTIMIZERS:
-        raise UserError(f"--optim {config.optim}: cannot be planned; choose one of {', '.join(OPTIMIZERS)}")
+        raise CannotPlan(f"--optim {config.optim}: cannot be planned; choose one of {', '.join(OPTIMIZERS)}")
     return config.optim
 
 
@@ -58,6 +58,7 @@ def asked_setting(config: DPOConfig, card: Card, max_tokens: int) -> Setting:
         offload=config.activation_offloading,
         max_tokens=max_tokens,
         head_budget=int(config.head_memory_budget_gib * GIB),
+        moving_reference=config.sync_ref_model,
         on_cpu=card.is_cpu,
     )
 

@@ -182,7 +182,8 @@ def weight_bytes(shape: ModelShape, setting: Setting) -> float:
     if setting.peft == "qlora":
         return shape.linear_parameters * BITS_4 / 8 + 2 * rest + 4 * adapter_parameters(shape, setting)
     width = 2 if setting.peft == "lora" else setting.weight_bytes
-    return (width * shape.num_parameters + 4 * adapter_parameters(shape, setting)) / setting.shards
+    models = 2 if setting.moving_reference else 1
+    return (width * models * shape.num_parameters + 4 * adapter_parameters(shape, setting)) / setting.shards
 
 
 def gradient_bytes(shape: ModelShape, setting: Setting) -> float:

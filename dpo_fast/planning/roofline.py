@@ -4,7 +4,8 @@ Names as in `memory.py`; P_a the parameters in matrices that a token is multipli
 `measured.py`.
 
     products      6·P_a·T flop (2 forward, 2 for the input's gradient, 2 for the weight's, which a frozen weight leaves
-                  out) and 6·N·V·D of the head (4 if frozen); `full` checkpointing repeats 2·P_a·T
+                  out) and 6·N·V·D of the head (4 if frozen); `full` checkpointing repeats 2·P_a·T,
+                  and a moving reference takes 2 of each
     attention     4·q flop a score forward, 10·q backward; tiles of 128 x 128 scores are computed whole
     elementwise   bytes read and written by what is neither, counted operator by operator in transformers' modules in
                   bf16: (36·norms + 12)·D + 24·(q + k) + 10·F forward, (80·norms + 30)·D + 30·(q + k) + 18·F backward;
@@ -78,6 +79,8 @@ def _product_flop(shape: ModelShape, setting: Setting, pack: PackLoad) -> float:
     frozen = setting.peft != "none"
     of_layers = (4 if frozen else 6) + (2 if setting.policy == "full" else 0)
     of_head = 4 if frozen else 6
+    if setting.moving_reference:
+        of_layers, of_head = of_layers + 2, of_head + 2
     return of_layers * shape.active_parameters * pack.tokens + of_head * shape.head_parameters * pack.targets
 
 

@@ -89,6 +89,7 @@ class Setting:
         gpus: how many share the work.
         sharded: whether they share the weights as well (FSDP2); 4-bit weights are whole on each.
         head_budget: bytes of exponentials that the head keeps.
+        moving_reference: whether a second model stays in memory and scores every pack.
         on_cpu: whether it runs on a CPU, whose head and attention keep more.
     """
 
@@ -103,6 +104,7 @@ class Setting:
     gpus: int = 1
     sharded: bool = False
     head_budget: int = 2 * 2**30
+    moving_reference: bool = False
     on_cpu: bool = False
 
     @property

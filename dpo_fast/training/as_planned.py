@@ -28,19 +28,19 @@ def fit_plan(config: DPOConfig, plan: Plan, groups: Sequence[Group]) -> Plan:
     Raises:
         UserError: nothing fits that gives the same results.
     """
-    try:
-        shape = shape_of(load_config(config.model), config.model)
-    except CannotPlan:
-        return plan
     device = plan.placement.device
     workload = RowWorkload(groups, rows_per_step=plan.rows_per_step, seed=plan.seed, static_shapes=config.static_shapes)
-    forecast = Forecast.of(
-        *(config, shape, this_card(device), workload),
-        max_tokens=plan.max_tokens,
-        optimizers=tuple(OPTIMIZERS),
-        # A CPU has no allocator that counts, only a process, and that holds all that was imported.
-        base_gib=peak_memory_gib(device) if device.type == "cpu" else 0.0,
-    )
+    try:
+        shape = shape_of(load_config(config.model), config.model)
+        forecast = Forecast.of(
+            *(config, shape, this_card(device), workload),
+            max_tokens=plan.max_tokens,
+            optimizers=tuple(OPTIMIZERS),
+            # A CPU has no allocator that counts, only a process, and that holds all that was imported.
+            base_gib=peak_memory_gib(device) if device.type == "cpu" else 0.0,
+        )
+    except CannotPlan:
+        return plan
     forecast.check()
     return replace(plan, max_tokens=forecast.max_tokens, forecast=forecast)
 

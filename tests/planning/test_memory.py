@@ -55,10 +55,6 @@ CASES = {
     "selective": (TINY, pairs(1, 1000, 500), {"policy": "selective"}),
     "selective, autocast": (TIED, pairs(1, 800, 600), {"policy": "selective"} | AUTOCAST),
 }
-LARGE = {
-    "llama-3.2-1b": (named_config("llama-3.2-1b"), pairs(2, 700, 900), BF16),
-    "llama-3-8b": (named_config("llama-3-8b"), pairs(1, 700, 900), BF16 | {"policy": "full"}),
-}
 
 
 def compare(case, **more):
@@ -85,9 +81,8 @@ def test_the_tracker_finds_the_planned_peak(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
-def test_the_tracker_finds_the_planned_peak_of_large_models(name):
-    compare(LARGE[name])
+def test_the_tracker_finds_the_planned_peak_of_a_large_model():
+    compare((named_config("llama-3.2-1b"), pairs(2, 700, 900), BF16))
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -187,6 +182,12 @@ def test_a_pack_of_32_pairs_does_not_fit_an_h200():
     shape = shape_of(named_config("llama-3-8b"), "llama-3-8b")
     load = PackLoad.typical(32 * 655, 170, 242)
     assert peak(shape, SETTING, load).total > 140 * 2**30
+
+
+def test_a_moving_reference_is_a_second_model():
+    shape, load = shape_of(TINY, "model"), PackLoad.typical(512, 170, 277)
+    alone, both = (peak(shape, Setting(moving_reference=moving), load) for moving in (False, True))
+    assert both.weights - alone.weights == 4 * shape.num_parameters
 
 
 def test_shards_and_offloading_take_less():
