@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from h200_steps import PEAK_GIB, SETTING, STEPS
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tracked_step import tracked_peak
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -72,7 +73,8 @@ def compare(case, **more):
         bf16=setting.autocast,
     )
     planned = peak(shape_of(model, "model"), setting, PackLoad.of(groups), with_gradients=packs > 1).total
-    assert planned == pytest.approx(tracked, rel=0.1)
+    # What passes through a recomputed layer is the roughest term.
+    assert planned == pytest.approx(tracked, rel=0.05 if setting.policy == "none" else 0.1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -109,6 +111,44 @@ def test_an_adapter_is_planned_as_peft_makes_it():
     )
     assert adapter_parameters(shape, setting) == made[0]
     assert peak(shape, setting, PackLoad.of(groups)).total == pytest.approx(tracked, rel=0.1)
+
+
+@pytest.mark.parametrize("tokens", [256, 1024])
+def test_the_tracker_finds_the_planned_peak_of_a_shard(tokens):
+    """FSDP2 over four processes that do not exist; a plain sequence, and a vocabulary too small to count."""
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers import AutoModelForCausalLM
+
+    model_config = config(LlamaConfig, 6, 512, 1536, 8, 4, 128, tie_word_embeddings=False)
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        with FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+
+            def step():
+                model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            step()
+            tracker = FSDPMemTracker(model, optimizer)
+            with tracker:
+                step()
+            tracked = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    finally:
+        torch.distributed.destroy_process_group()
+    setting = Setting(weight_bytes=2, gpus=4, sharded=True, on_cpu=True)
+    load = PackLoad(tokens, tokens, tokens, tokens**2 / 2, 0, 0, 1)
+    assert peak(shape_of(model_config, "model"), setting, load).total == pytest.approx(tracked, rel=0.1)
 
 
 PROFILED = """
@@ -174,7 +214,7 @@ def test_the_peak_measured_on_an_h200():
     shape = shape_of(named_config("llama-3-8b"), "llama-3-8b")
     first_packs = [packs[0] for packs, _ in STEPS.values()]
     planned = max(peak(shape, SETTING, load).total for load in first_packs) / 2**30
-    assert planned == pytest.approx(PEAK_GIB, rel=0.1)
+    assert planned == pytest.approx(PEAK_GIB, rel=0.03)
 
 
 def test_a_pack_of_32_pairs_does_not_fit_an_h200():

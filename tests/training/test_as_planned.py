@@ -92,5 +92,6 @@ def test_other_errors_are_left_alone(run, monkeypatch):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(Trainer, "train_step", step)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
+    with pytest.raises(RuntimeError, match="shapes do not match") as caught:
         run()
+    assert type(caught.value) is RuntimeError
