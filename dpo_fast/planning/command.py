@@ -13,7 +13,7 @@ from rich.console import Console
 from dpo_fast.config import DPOConfig, PlanConfig
 from dpo_fast.errors import UserError
 from dpo_fast.planning import hardware, view
-from dpo_fast.planning.choose import Free, Planned, choose
+from dpo_fast.planning.choose import Free, Planned, choose, ways_out
 from dpo_fast.planning.forecast import asked_policy, asked_setting
 from dpo_fast.planning.hardware import GIB, Card
 from dpo_fast.planning.shapes import NAMED, ModelShape, named_config, shape_of
@@ -39,12 +39,10 @@ def run_plan(config: PlanConfig, *, optimizers: tuple[str, ...], console: Consol
     card = hardware.card(config.gpu) if config.gpu else _card_here(config.device)
     shape = model_shape(config.model)
     workload = make_workload(config)
-    setting = replace(
-        asked_setting(config, card, _max_tokens(config, card, workload)),
-        peft=config.peft,
-        lora_r=config.lora_r,
-        gpus=config.gpus,
-    )
+    setting = replace(asked_setting(config, card, _max_tokens(config, card, workload)), gpus=config.gpus)
+    if config.peft != "none":
+        # The base is frozen, so nothing is gained by holding it in fp32.
+        setting = replace(setting, peft=config.peft, lora_r=config.lora_r, weight_bytes=2, autocast=False)
     asked = Planned(shape, setting, card, workload)
     free = Free(
         policy=asked_policy(config) is None,
@@ -58,6 +56,8 @@ def run_plan(config: PlanConfig, *, optimizers: tuple[str, ...], console: Consol
         print(json.dumps(report, indent=1))
     else:
         view.show(console, planned, others[:SHOWN], asked=asked)
+        if not planned.fits:
+            view.show_ways_out(console, planned, ways_out(asked, free), larger_cards(asked, free))
         if "hours" in report:
             console.print(f"{report['hours']:.3g} hours for {report['steps']} steps (planned)", highlight=False)
     if config.out:
@@ -97,6 +97,12 @@ def make_workload(config: DPOConfig) -> Workload:
 
     groups, _ = load_groups(config, load_tokenizer(config.model, config.chat_template))
     return RowWorkload(groups, rows_per_step=rows, seed=config.seed, static_shapes=config.static_shapes)
+
+
+def larger_cards(asked: Planned, free: Free) -> list[str]:
+    """Cards that hold what was asked for, or the same results."""
+    cards = [card.name for card in hardware.CARDS.values() if card.memory > asked.card.memory]
+    return [name for name in cards if choose(replace(asked, card=hardware.CARDS[name]), free)[0].fits]
 
 
 def as_json(config: PlanConfig, planned: Planned, others: list[Planned], asked: Planned) -> dict[str, Any]:

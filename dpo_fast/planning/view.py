@@ -98,6 +98,13 @@ def show(console: Console, planned: Planned, others: Sequence[Planned], *, asked
         console.print(_others_table(planned, others))
 
 
+def show_ways_out(console: Console, planned: Planned, ways: Sequence[Planned], cards: Sequence[str]) -> None:
+    """What would fit instead of a plan that does not."""
+    lines = [way_out(way, planned) for way in ways] + [f"--gpu {name}" for name in cards]
+    for line in lines or ["neither a cheaper setting nor a larger card; try --gpus 8 or --peft qlora"]:
+        console.print(f"would fit: {line}" if lines else line, markup=False, highlight=False)
+
+
 def _parts_table(planned: Planned) -> Table:
     table = Table(box=None, pad_edge=False, width=WIDTH)
     table.add_column("memory", width=12)

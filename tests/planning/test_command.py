@@ -40,6 +40,21 @@ def test_no_weight_is_loaded(monkeypatch):
     report, text = planned(model="llama-3.1-405b", gpu="h100-80", gpus=8)
     assert not report["fits"]
     assert "Does not fit" in text
+    assert "neither a cheaper setting nor a larger card" in text
+
+
+def test_what_would_fit_is_said():
+    _, text = planned(model="llama-3-8b", gpu="4090-24", dtype="bfloat16", optim="adamw_8bit")
+    assert "would fit: --gpu h100-80" in text
+    given = {"checkpointing_policy": "none", "max_tokens_per_batch": 8192}
+    _, text = planned(model="llama-3-8b", gpu="h100-80", dtype="bfloat16", optim="adamw_8bit", **given)
+    assert "would fit: --checkpointing_policy selective" in text
+
+
+def test_an_adapters_base_is_never_held_in_fp32():
+    report, _ = planned(model="llama-3-70b", gpu="h100-80", gpus=8, peft="qlora", max_length=2048)
+    assert report["fits"]
+    assert report["parts_gib"]["weights"] < 70.6e9 * 0.6 / 2**30
 
 
 def test_every_optimizer_of_train_can_be_planned():
