@@ -113,7 +113,8 @@ def test_an_adapter_is_planned_as_peft_makes_it():
     assert peak(shape, setting, PackLoad.of(groups)).total == pytest.approx(tracked, rel=0.1)
 
 
-@pytest.mark.parametrize("tokens", [256, 1024])
+# Fewer tokens would be exceeded by what torch 2.11 counts twice in the optimizer of sharded tensors.
+@pytest.mark.parametrize("tokens", [1024, 2048])
 def test_the_tracker_finds_the_planned_peak_of_a_shard(tokens):
     """FSDP2 over four processes that do not exist; a plain sequence, and a vocabulary too small to count."""
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
