@@ -155,7 +155,7 @@ def draw(planned: Planned, others: Sequence[Planned], path: Path) -> None:
     ax.axvline(memory, color="black", linewidth=1)
     ax.annotate(f" {memory:.1f} GiB", (memory, 1), xycoords=("data", "axes fraction"), va="bottom", ha="center")
     for place, (end, other) in enumerate(zip(left, shown, strict=True)):
-        ax.annotate(f" {other.pairs_per_second:.3g} pairs/s", (end, place), va="center", fontsize=9)
+        ax.annotate(f"  {other.pairs_per_second:.3g} pairs/s", (max(end, memory), place), va="center", fontsize=9)
     ax.set_xlim(0, 1.2 * max(*left, memory))
     ax.invert_yaxis()
     ax.set_xlabel("GiB at the peak of a step (planned)")
