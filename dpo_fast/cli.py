@@ -22,6 +22,7 @@ from dpo_fast.config import (
     InspectConfig,
     LabelConfig,
     PairConfig,
+    PlanConfig,
     ReportConfig,
     SampleConfig,
     ScoreConfig,
@@ -155,6 +156,14 @@ def run_demo(config: DemoConfig) -> None:
     run_demo(Path(config.out), quick=config.quick, seed=config.seed)
 
 
+def run_plan(config: PlanConfig) -> None:
+    """`dpo-fast plan`."""
+    from dpo_fast.planning.command import run_plan
+    from dpo_fast.training.optimizers import OPTIMIZERS
+
+    run_plan(config, optimizers=tuple(OPTIMIZERS))
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand: its settings, function, help line and usage, and the field that takes a bare first argument.
@@ -198,6 +207,12 @@ COMMANDS = {
         run_inspect,
         "rows token by token: as they are trained on, or under policy and reference",
         "--model M --data D [--reference R] [--rows 0-20] [--out F.html]",
+    ),
+    "plan": Command(
+        PlanConfig,
+        run_plan,
+        "what fits in memory and how long it takes, before anything is loaded",
+        "--model M [--gpu h100-80] [--gpus K] [--data D] [--json true] [--out F.png]",
     ),
     "report": Command(ReportConfig, run_report, "write report.html for a run", "DIR [--out F.html]", positional="run"),
 }

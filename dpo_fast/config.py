@@ -443,6 +443,10 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         static_shapes: pad every pack to `max_tokens_per_batch`, so that compiled layers see a single size.
         gradient_checkpointing: recompute each layer's activations in the backward.
         activation_checkpointing: transformers' newer name for `gradient_checkpointing`; takes precedence if given.
+        checkpointing_policy: which activations to recompute in the backward: `full` all of each layer's, `selective`
+            those that are cheap, keeping the results of products and attention, `none` none. Null is `full` with
+            `gradient_checkpointing`; otherwise none, or what it takes to fit in memory.
+        activation_offloading: keep what `full` keeps, the input of each layer, in the host's memory.
         logging_steps: write metrics every this many steps.
         save_steps: write a checkpoint every this many steps; 0 only writes the final model.
         save_total_limit: number of checkpoints to keep; null keeps all.
@@ -481,6 +485,8 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     static_shapes: bool = False
     gradient_checkpointing: bool = False
     activation_checkpointing: bool | None = None
+    checkpointing_policy: Literal["none", "selective", "full"] | None = None
+    activation_offloading: bool = False
     logging_steps: int = number(10, above=0)
     save_steps: int = number(500, least=0)
     save_total_limit: int | None = number(None, above=0)
@@ -495,3 +501,25 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         super().__post_init__()
         if self.activation_checkpointing is not None:
             self.gradient_checkpointing, self.activation_checkpointing = self.activation_checkpointing, None
+
+
+@dataclass
+class PlanConfig(DPOConfig):
+    """Settings of `dpo-fast plan`: those of `DPOConfig`, plus the following.
+
+    Attributes:
+        model: checkpoint folder, Hub name, .gguf file, or a shape that is built in, such as `llama-3-8b`.
+        gpu: card to plan for, such as `h100-80`, or `cpu`; null is what is here.
+        gpus: how many of them.
+        peft: plan for an adapter: `lora` on bf16 weights, `qlora` on 4-bit ones.
+        lora_r: rank of the adapter.
+        json: print the plan as JSON.
+        out: .png, .svg or .pdf file to draw it to.
+    """
+
+    gpu: str | None = None
+    gpus: int = number(1, above=0, most=65536)
+    peft: Literal["none", "lora", "qlora"] = "none"
+    lora_r: int = number(16, above=0)
+    json: bool = False
+    out: str | None = None

@@ -26,6 +26,7 @@ from dpo_fast.packs.layout import PackedBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from dpo_fast.model.attention import PACKED_ATTENTION, packed_attention_forward
+from dpo_fast.model.checkpointing import Checkpointing, enable_checkpointing
 from dpo_fast.model.load import load_model, refuse_not_finite
 from dpo_fast.model.placement import Placement
 from dpo_fast.model.rotary import LengthRegimes
@@ -262,13 +263,14 @@ class Policy:
         """(N,) fp32 log-probs on the policy's device, without gradients; `batch` may lie anywhere."""
         return self.token_logps(batch.to(self.device))
 
-    def set_trainable(self, *, gradient_checkpointing: bool) -> None:
-        """Switch to training mode."""
+    def set_trainable(self, *, checkpointing: Checkpointing = "none", offload: bool = False) -> None:
+        """Switch to training mode, recomputing each layer's activations as `checkpointing` says.
+
+        With `offload` the inputs of layers, which `full` keeps, wait in the host's memory.
+        """
         self.model.train()
-        if gradient_checkpointing:
-            # transformers 5.23 renamed the method; 5.17 knows the old name alone.
-            new_name = "activation_checkpointing_enable"
-            getattr(self.model, new_name if hasattr(self.model, new_name) else "gradient_checkpointing_enable")()
+        if checkpointing != "none":
+            enable_checkpointing(self.model, checkpointing, offload=offload)
 
     def compiled(self, *, backend: str = "inductor") -> Policy:
         """With the decoder's layers under `torch.compile`, for packs of all sizes or for that of `static_tokens`.

@@ -1,6 +1,7 @@
 """The training loop.
 
 run            `train`: rows -> plan -> policy -> reference -> a `Trainer`
+as_planned     the plan against the memory there is
 plan           batch, token budget, precision and steps, decided once
 ranks          who this process is, and what is summed over processes
 references     the reference of a run

@@ -25,7 +25,7 @@ from dpo_fast.model.precision import saved_dtype
 from dpo_fast.training.checkpoint import save_checkpoint, save_state
 from dpo_fast.training.gradients import prepare_gradients
 from dpo_fast.training.guards import FiniteWatch, check_first_step, check_tensors, way_back
-from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, read_metrics
+from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, peak_memory_gib, read_metrics
 from dpo_fast.training.optimizer_states import load_optimizer_state
 from dpo_fast.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule, optimizer_name
 from dpo_fast.training.plan import Plan
@@ -179,6 +179,8 @@ class Trainer:
             row = self.read_window(grad_norm)
             self.watch.check()
             reporter.training(step, row)
+            if step == 1 and self.plan.forecast is not None:
+                say(self.console, self.plan.forecast.compare(peak_memory_gib(self.policy.device)))
             self.window = Window(self.plan.max_tokens)
         with self.window.paused():
             if self.held_out.groups and (is_last or is_due(step, config.eval_steps)):

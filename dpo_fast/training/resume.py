@@ -59,6 +59,8 @@ RULES: dict[str, Rule] = {
             *(
                 "optim",
                 "gradient_release",
+                "checkpointing_policy",
+                "activation_offloading",
                 "learning_rate",
                 "lr_scheduler_type",
                 "warmup_steps",

@@ -25,6 +25,7 @@ from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import store_path
 from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.training.as_planned import fit_plan, run_as_planned
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.gradients import check_gradient_release
 from dpo_fast.training.loop import STATE_FILE, STATE_TYPES, Trainer, TrainResult
@@ -76,7 +77,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
             trainer = prepare(config, folder, stop, console)
             stop.defer()
             start_output(config, trainer, console)
-            return trainer.run()
+            return run_as_planned(trainer)
         except KeyboardInterrupt:
             if stop.is_forced or not stop.is_set():
                 raise
@@ -104,7 +105,7 @@ def prepare_rows(config: DPOConfig, console: Console) -> Rows:
     tokenizer = tokenizer_of(config)
     groups, held_out = load_splits(config, tokenizer, console)
     check_scores(config, groups + held_out)
-    plan = Plan.of(config, groups, held_out)
+    plan = fit_plan(config, Plan.of(config, groups, held_out), groups)
     say(console, str(plan))
     check_gradient_release(config, plan, groups)
     return Rows(tokenizer, groups, held_out, plan)
@@ -137,7 +138,7 @@ def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Co
         console=console,
     )
 
-    policy.set_trainable(gradient_checkpointing=config.gradient_checkpointing)
+    policy.set_trainable(**rows.plan.activations(config))
     trainer = Trainer(
         *(config, rows.plan, policy, rows.tokenizer),
         PairSet(rows.groups, reference.train),

@@ -236,7 +236,7 @@ def test_nothing_drops_out_in_training(family_name, attribute, tmp_path):
     policy = as_policy(model)
     batch = pack(random_groups(2))
     want = policy.score(batch)
-    policy.set_trainable(gradient_checkpointing=False)
+    policy.set_trainable()
     assert torch.equal(policy.score(batch), want)
 
 
