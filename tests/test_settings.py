@@ -89,6 +89,7 @@ def arguments(folder, tmp_path):
         "eval": [*rows, "--reference", model, "--out", f"{out}.json"],
         "inspect": [*rows, "--reference", model],
         "report": [str(folder / "run")],
+        "plan": ["--model", model, "--gpu", "h100-80"],
     }
 
 
@@ -150,6 +151,7 @@ OPTIONS = {
     "eval": {"data": (), "model": (), "reference": (), "prompts": (), "out": ()},
     "inspect": {"data": (), "model": (), "reference": (), "out": ()},
     "report": {"run": (), "out": ()},
+    "plan": {"model": (), "data": (), "out": ()},
 }
 WRONG_PLACES = [
     pytest.param(command, name, place, id=f"{command}-{name}-{place}")
