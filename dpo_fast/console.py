@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -64,20 +65,31 @@ def format_metrics(metrics: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
+# Between two lines of progress where there is no terminal.
+LINE_SECONDS = 10.0
+
+
 class ProgressLine:
     """One task's bar; see `progress_line`."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.task_ids[0]
+        self._said = time.monotonic()
 
     def start(self, total: int) -> None:
         """Set the number of items, where it was not known before."""
         self._progress.update(self._task, total=total)
 
     def advance(self, amount: int = 1) -> None:
-        """Move on by `amount`."""
+        """Move on by `amount`; without a terminal, a line every `LINE_SECONDS` shows that there is progress."""
         self._progress.advance(self._task, amount)
+        console, now = self._progress.console, time.monotonic()
+        if not console.is_terminal and now - self._said >= LINE_SECONDS:
+            self._said = now
+            task = self._progress.tasks[0]
+            total = "" if task.total is None else f" of {task.total:g}"
+            say(console, f"{task.description}: {task.completed:g}{total}")
 
     def report(self, label: str, metrics: dict[str, float]) -> None:
         """Show figures next to the bar, or print them as a line if there is no terminal."""

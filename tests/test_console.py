@@ -51,3 +51,14 @@ def test_strictly_all_that_does_not_show_becomes_an_escape():
     assert visible("👩‍🚀\u200f\u00a0\ud800\U000e0001", strict=True) == r"👩\u200d🚀\u200f\xa0\ud800\ue0001"
     readable = "<b>שלום</b> 日本語 naïve ␛"
     assert visible(readable, strict=True) == readable
+
+
+def test_without_a_terminal_there_is_a_line_every_ten_seconds(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("dpo_fast.console.time.monotonic", lambda: now[0])
+    output = io.StringIO()
+    with progress_line(Console(file=output, width=80), "reference", 30) as line:
+        for _ in range(25):
+            now[0] += 1
+            line.advance()
+    assert output.getvalue().splitlines() == ["reference: 10 of 30", "reference: 20 of 30"]

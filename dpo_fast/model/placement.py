@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,18 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: cannot be used here: {str(error).strip().splitlines()[0]}") from error
     _refuse_old_gpus(device)
     return device
+
+
+def busy_cpu() -> str:
+    """What to know if other work takes the cores: PyTorch's threads then wait for each other; empty if none does."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load, threads = os.getloadavg()[0], torch.get_num_threads()
+    if load <= cores / 2 or threads == 1:
+        return ""
+    return (
+        f"this machine is busy (load {load:.1f} on {cores} cores), and PyTorch's {threads} threads wait for each other: "
+        "OMP_NUM_THREADS=1 may be several times faster"
+    )
 
 
 def _refuse_old_gpus(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from dpo_fast.files import write_file_atomically
 from dpo_fast.losses.objective import needs_reference
 from dpo_fast.model.check import with_fitting_layout
 from dpo_fast.model.load import tokenizer_of
+from dpo_fast.model.placement import busy_cpu
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import store_path
@@ -129,6 +130,8 @@ def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Co
 
     if needs_reference(config) and not config.sync_ref_model:
         ReferenceStore(store_path(config)).close()  # a place that cannot be written is found before a model is loaded
+    if rows.plan.placement.device.type == "cpu" and (note := busy_cpu()):
+        say(console, note, style="yellow")
     torch.manual_seed(config.seed)
     policy = load_policy(config, rows.plan, rows.groups + rows.held_out, str(checkpoint or config.model))
     reference = prepare_reference(
