@@ -76,8 +76,8 @@ def busy_cpu() -> str:
     if load <= cores / 2 or threads == 1:
         return ""
     return (
-        f"this machine is busy (load {load:.1f} on {cores} cores), and PyTorch's {threads} threads wait for each other: "
-        "OMP_NUM_THREADS=1 may be several times faster"
+        f"this machine is busy (load {load:.1f} on {cores} cores), and PyTorch's {threads} threads wait for each "
+        "other: OMP_NUM_THREADS=1 may be several times faster"
     )
 
 
