@@ -106,7 +106,14 @@ def _imported(folder: Path, what: str | Path) -> list[Path]:
     """The files below `folder` that a module or script imports, found without running it."""
     from modulefinder import ModuleFinder
 
-    finder = ModuleFinder([str(folder)])
+    class Finder(ModuleFinder):
+        def find_module(self, name: str, *arguments: Any) -> Any:
+            try:
+                return super().find_module(name, *arguments)
+            except AttributeError as error:  # a package without an `__init__.py`, which it does not know
+                raise ImportError(name) from error
+
+    finder = Finder([str(folder)])
     try:
         finder.run_script(str(what)) if isinstance(what, Path) else finder.import_hook(what)
     except (ImportError, SyntaxError, UnicodeDecodeError):

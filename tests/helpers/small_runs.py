@@ -63,9 +63,14 @@ def _run(words: list[str], log: str, slow: list[str], delay: float) -> None:
     try:
         from dpo_fast.cli import main
 
-        sys.exit(main(words))
+        code = main(words)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:  # while Python was importing
-        sys.exit(130)
+        code = 130
+    # A signal that comes after the command must not meet multiprocessing's own clearing up.
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _slow_down(name: str, delay: float) -> None:
@@ -98,6 +103,7 @@ def start_train(config: DPOConfig, log: Path, *, slow: tuple[str, ...] = (), del
     """
     words = ["train", *(f"--{name}={json.dumps(value)}" for name, value in vars(config).items() if value is not None)]
     words = [word.replace('="', "=").removesuffix('"') for word in words]
+    log.touch()  # it may be killed before it begins
     process = CONTEXT.Process(target=_run, args=(words, str(log), list(slow), delay))
     process.start()
     return process

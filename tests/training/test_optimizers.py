@@ -120,7 +120,7 @@ def test_what_only_runs_on_a_gpu_is_refused_elsewhere(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit_fused"])
 def test_bf16_weights_are_warned_of_if_the_optimizer_does_not_move_them(name):
-    config = DPOConfig(data="rows.jsonl", dtype="bfloat16", device="cpu", optim=name)
+    config = DPOConfig(model="org/model", data="rows.jsonl", dtype="bfloat16", device="cpu", optim=name)
     if name == "adamw_torch":
         with pytest.warns(UserWarning, match="most updates round to zero"):
             check_config(config)
