@@ -31,7 +31,7 @@ def fit_plan(config: DPOConfig, plan: Plan, groups: Sequence[Group]) -> Plan:
     device = plan.placement.device
     workload = RowWorkload(groups, rows_per_step=plan.rows_per_step, seed=plan.seed, static_shapes=config.static_shapes)
     try:
-        shape = shape_of(load_config(config.model), config.model)
+        shape = shape_of(load_config(config.model, trust_remote_code=config.trust_remote_code), config.model)
         forecast = Forecast.of(
             *(config, shape, this_card(device), workload),
             max_tokens=plan.max_tokens,

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from dpo_fast.errors import TrainingError, UserError
+from dpo_fast.model.load import load_config
 from dpo_fast.planning import hardware
 from dpo_fast.training.loop import Trainer
 from dpo_fast.training.run import train
@@ -95,3 +96,17 @@ def test_other_errors_are_left_alone(run, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes do not match") as caught:
         run()
     assert type(caught.value) is RuntimeError
+
+
+@pytest.mark.parametrize("trusts", [False, True])
+def test_the_plan_reads_a_models_configuration_as_the_run_does(run, trusts, monkeypatch):
+    """A model with code of its own would be refused by its plan otherwise."""
+    seen = []
+
+    def spy(model, *, trust_remote_code=False):
+        seen.append(trust_remote_code)
+        return load_config(model)
+
+    monkeypatch.setattr("dpo_fast.training.as_planned.load_config", spy)
+    run(trust_remote_code=trusts, dry_run=True)
+    assert seen == [trusts]
