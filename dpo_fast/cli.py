@@ -28,12 +28,10 @@ from dpo_fast.config import (
     ScoreConfig,
 )
 from dpo_fast.config_file import check_config_file
-from dpo_fast.errors import TrainingError, UserError, WriteError
+from dpo_fast.errors import STOPPED, TrainingError, UserError, WriteError
 from dpo_fast.option_names import described
 
 RUN_FAILED = 1
-# A signal stopped the run, and the same command continues it: sysexits' EX_TEMPFAIL.
-STOPPED = 75
 USER_MISTAKE = 2
 INTERRUPTED = 130
 

@@ -21,6 +21,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
         # Libraries write weights as 0600, which another user's server could not read.
         file.chmod(0o644)
         _sync(file)
-        files[str(file.relative_to(folder))] = {"size": file.stat().st_size, "xxh3_128": _digest(file)}
+        files[str(file.relative_to(folder))] = {"size": file.stat().st_size, "xxh3_128": digest_of(file)}
     _write_synced(folder / MANIFEST, json.dumps(facts | {"files": files}, indent=1) + "\n")
     for inner in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
         inner.chmod(0o755)
@@ -257,7 +258,7 @@ def _file_problem(file: Path, size: int, digest: str) -> str:
             return "missing"
         if (found := file.stat().st_size) != size:
             return f"{found} bytes, expected {size}"
-        return "" if _digest(file) == digest else "its contents changed after it was saved"
+        return "" if digest_of(file) == digest else "its contents changed after it was saved"
     except OSError as error:
         return f"cannot be read ({error})"
 
@@ -286,12 +287,10 @@ def _remove(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
+def digest_of(file: Path) -> str:
+    """xxh3_128 of a file's contents."""
     with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _write_synced(path: Path, content: str | bytes) -> None:

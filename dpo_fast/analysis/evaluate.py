@@ -88,8 +88,8 @@ def _check(config: EvalConfig) -> Path | None:
         raise UserError("--prompts: nothing judges the answers; name a signal with --signals")
     if config.signals and not config.prompts:
         raise UserError("--signals: there are no answers to judge; pass --prompts with the prompts to answer")
-    for name in (config.model, config.reference):
-        find(name)
+    find(config.model)
+    find(config.reference, option="--reference")
     pick_device(config.device)
     if config.out is not None and Path(config.out).suffix != ".json":
         raise UserError(f"--out {config.out}: expected a file that ends in .json")

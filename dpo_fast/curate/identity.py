@@ -15,14 +15,12 @@ import sys
 import sysconfig
 from collections.abc import Iterable
 from contextlib import suppress
-from hashlib import file_digest
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import xxhash
-
 from dpo_fast.errors import UserError
+from dpo_fast.files import digest_of
 
 # Hashes by name, or whatever else identifies a thing; JSON can hold it.
 Identity: TypeAlias = Any
@@ -38,8 +36,7 @@ def file_identity(file: str | Path) -> Identity:
         UserError: it cannot be read.
     """
     try:
-        with open(file, "rb") as stream:
-            return file_digest(stream, xxhash.xxh3_128).hexdigest()
+        return digest_of(Path(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 

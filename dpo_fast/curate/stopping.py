@@ -8,8 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Exit code of a command that was stopped and resumes when it is run again: sysexits' EX_TEMPFAIL.
-RESUMABLE = 75
+from dpo_fast.errors import STOPPED
 
 
 class _Stopped(BaseException):
@@ -52,7 +51,7 @@ def exit_on_signals(*, resumable: bool) -> Iterator[None]:
     except _Stopped as stopped:
         cure = "; rerun the same command to resume" if resumable else ""
         print(f"stopped by {signal.Signals(stopped.number).name}{cure}", file=sys.stderr)
-        raise SystemExit(RESUMABLE if resumable else 128 + stopped.number) from None
+        raise SystemExit(STOPPED if resumable else 128 + stopped.number) from None
     finally:
         for number in handled:
             signal.signal(number, before[number])

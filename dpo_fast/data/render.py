@@ -22,7 +22,7 @@ from dpo_fast.config import DataConfig
 from dpo_fast.data.conversation import Message, common_prefix
 from dpo_fast.data.formats import Preference
 from dpo_fast.data.row_report import RowError
-from dpo_fast.data.template_limits import CHARS, check_template, template_limits
+from dpo_fast.data.template_limits import CHARS, template_limits
 from dpo_fast.data.transcripts import Span
 from dpo_fast.errors import UserError
 
@@ -80,14 +80,12 @@ class ChatTemplate:
                 "the rows are messages or have a system turn or tools, and the tokenizer has no chat template; "
                 "give one with --chat_template FILE"
             )
-        if isinstance(self.tokenizer.chat_template, str):
-            check_template(self.tokenizer.chat_template)
         options = {"tools": tools, "add_generation_prompt": generation_prompt, "tokenize": False, **(kwargs or {})}
         called = tool_names(messages)
         reason = ""
         for variant in _variants(messages) if called else [messages]:
             try:
-                with template_limits():
+                with template_limits(self.tokenizer.chat_template):
                     text = self.tokenizer.apply_chat_template(variant, **options)
             except UserError:
                 raise

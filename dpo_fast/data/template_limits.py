@@ -28,12 +28,17 @@ class _TimeIsUp(BaseException):
 
 
 @contextmanager
-def template_limits() -> Iterator[None]:
+def template_limits(template: object) -> Iterator[None]:
     """Stop what renders one conversation inside after `SECONDS`, or when it takes `BYTES` of memory.
 
+    Args:
+        template: a tokenizer's `chat_template`; several by name are not looked into.
+
     Raises:
-        UserError: it was stopped.
+        UserError: it was stopped, or raises to a power, which no limit would stop.
     """
+    if isinstance(template, str):
+        check_template(template)
     try:
         with _limited_memory(), _limited_time():
             yield

@@ -14,6 +14,7 @@ from torch import nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.model.attention import use_packed_attention
+from dpo_fast.model.finite import not_finite
 from dpo_fast.model.source import check_weights_file, find, without_fetched_code
 
 if TYPE_CHECKING:
@@ -72,19 +73,48 @@ def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
     Raises:
         UserError: it cannot be loaded, lacks weights, or is of a kind that is not supported.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    _refuse_other_kinds(name, config)
+    model, found = load_weights(AutoModelForCausalLM, name, config, dtype, trust_remote_code=trust_remote_code)
+    refuse_missing(name, found["missing_keys"])
+    if unused := found["unexpected_keys"]:
+        logger.warning("%s: %d tensors of its file are not used: %s", name, len(unused), _named(unused))
+    _disable_dropout(model)
+    use_packed_attention(model)
+    return model
+
+
+def load_weights(
+    kind: Any, name: str, config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """A model on the CPU, from safetensors or GGUF alone.
+
+    Args:
+        kind: transformers' automatic class.
+        name: of the model.
+        config: from `load_config`.
+        dtype: of the weights.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The model, and transformers' account of its tensors (`missing_keys` and others).
+
+    Raises:
+        UserError: it cannot be loaded, is damaged or pickled.
+    """
+    from transformers import GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
         disable_progress_bar()  # as for downloads: the command has a progress line of its own
     source, extra = find(name)
-    config = load_config(name, trust_remote_code=trust_remote_code)
-    _refuse_other_kinds(name, config, is_gguf=bool(extra))
     check_weights_file(name, source)
     if extra:
         extra["quantization_config"] = GgufConfig(dequantize=True)
     with one_line(name, "its weights"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -93,13 +123,7 @@ def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
             output_loading_info=True,
             **extra,
         )
-    model, found = loaded
-    refuse_missing(name, found["missing_keys"])
-    if unused := found["unexpected_keys"]:
-        logger.warning("%s: %d tensors of its file are not used: %s", name, len(unused), _named(unused))
-    _disable_dropout(model)
-    use_packed_attention(model)
-    return model
+        return loaded
 
 
 def refuse_missing(name: str, missing: Collection[str]) -> None:
@@ -121,9 +145,7 @@ def refuse_not_finite(name: str, model: nn.Module) -> None:
     Raises:
         UserError: it names the tensors.
     """
-    parameters = dict(model.named_parameters())
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in parameters.values()]).tolist()
-    if bad := [tensor for tensor, is_finite in zip(parameters, finite, strict=True) if not is_finite]:
+    if bad := not_finite(model.named_parameters()):
         raise UserError(f"--model {name}: {len(bad)} tensors hold nan or infinity: {_named(bad)}. Use another copy")
 
 
@@ -149,7 +171,7 @@ def _named(tensors: Collection[str]) -> str:
     return ", ".join(names[:SHOWN_TENSORS]) + (", ..." if len(names) > SHOWN_TENSORS else "")
 
 
-def _refuse_other_kinds(name: str, config: PretrainedConfig, *, is_gguf: bool) -> None:
+def _refuse_other_kinds(name: str, config: PretrainedConfig) -> None:
     """Of some encoder-decoders, transformers would load the decoder alone, which then answers to no prompt."""
     if config.is_encoder_decoder:
         raise UserError(
@@ -162,7 +184,7 @@ def _refuse_other_kinds(name: str, config: PretrainedConfig, *, is_gguf: bool) -
         if not isinstance(value, int) or value < 1:
             raise UserError(f"--model {name}: its config.json has {key} {value!r}; expected a number above 0")
     quantization = getattr(config, "quantization_config", None)
-    if quantization and not is_gguf:
+    if quantization and not name.endswith(".gguf"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise UserError(
             f"--model {name}: its weights are quantized ({method}), and such weights cannot be trained or compared; "

@@ -32,7 +32,11 @@ class Placement:
         Raises:
             UserError: the device cannot be used here.
         """
-        device = pick_device(config.device)
+        return cls.on(pick_device(config.device), config)
+
+    @classmethod
+    def on(cls, device: torch.device, config: ModelConfig) -> Placement:
+        """The dtypes that `config` asks for on a device, which need not be here."""
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
         return cls(device, dtype, bf16 and dtype is torch.float32)
@@ -41,6 +45,11 @@ class Placement:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
         return torch.bfloat16 if self.bf16 else self.dtype
+
+    @property
+    def default_optimizer(self) -> str:
+        """What `--optim auto` means: for bf16 weights on a GPU, which others hardly move, the fused one."""
+        return "adamw_8bit_fused" if (self.device.type, self.dtype) == ("cuda", torch.bfloat16) else "adamw_torch"
 
     def __str__(self) -> str:
         weights, products = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.compute_dtype))

@@ -37,10 +37,10 @@ def saved_dtype(model: Any, base: str, wanted: str, *, trust_remote_code: bool =
     if wanted != "auto" and getattr(torch, wanted) is trained:
         return SavedDtype(trained, "")
     try:
-        target = _dtype_of(base, trust_remote_code) if wanted == "auto" else getattr(torch, wanted)
+        own = _dtype_of(base, trust_remote_code)
+        target = own if wanted == "auto" else getattr(torch, wanted)
         if target.itemsize >= trained.itemsize:
             return SavedDtype(trained if wanted == "auto" else target, "")
-        own = _dtype_of(base, trust_remote_code)
         share = surviving_share(model, load_model(base, own, trust_remote_code=trust_remote_code), target)
     except UserError as error:
         return SavedDtype(trained, f"weights in {_name(trained)}: {base} cannot be compared with any more ({error})")

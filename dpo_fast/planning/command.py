@@ -37,7 +37,7 @@ def run_plan(config: PlanConfig, *, optimizers: tuple[str, ...], console: Consol
     console = console or Console()
     check_plan_config(config)
     card = hardware.card(config.gpu) if config.gpu else _card_here(config.device)
-    shape = model_shape(config.model)
+    shape = model_shape(config)
     workload = make_workload(config)
     setting = replace(asked_setting(config, card, _max_tokens(config, card, workload)), gpus=config.gpus)
     if config.peft != "none":
@@ -67,24 +67,20 @@ def run_plan(config: PlanConfig, *, optimizers: tuple[str, ...], console: Consol
 
 def check_plan_config(config: PlanConfig) -> None:
     """Refuse what no plan can have."""
-    for name in ("gpus", "lora_r", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
-    if config.max_length is not None and config.max_length < 1:
-        raise UserError(f"--max_length {config.max_length}: expected a number above 0, or null for no limit")
     if config.out and Path(config.out).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {config.out}: expected a .png, .svg or .pdf file")
 
 
-def model_shape(model: str) -> ModelShape:
+def model_shape(config: PlanConfig) -> ModelShape:
     """The sizes of a checkpoint, a Hub model or one of the shapes that are built in."""
     from dpo_fast.model.load import load_config
 
+    model = config.model
     if model.lower() in NAMED and not Path(model).exists():
         return shape_of(named_config(model.lower()), model.lower())
     if not model:
         raise UserError(f"no model given: pass --model with a checkpoint, a Hub name or one of {', '.join(NAMED)}")
-    return shape_of(load_config(model), model)
+    return shape_of(load_config(model, trust_remote_code=config.trust_remote_code), model)
 
 
 def make_workload(config: DPOConfig) -> Workload:

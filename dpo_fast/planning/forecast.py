@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dpo_fast.errors import TrainingError, UserError
+from dpo_fast.model.placement import Placement
 from dpo_fast.planning.choose import Free, Planned, choose, ways_out
 from dpo_fast.planning.hardware import GIB, Card
 from dpo_fast.planning.measured import OPTIMIZERS
@@ -19,19 +20,6 @@ from dpo_fast.planning.workload import Workload
 
 if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
-
-
-def resolve_optimizer(config: DPOConfig, *, on_cpu: bool) -> str:
-    """The optimizer by its name in the table; `auto` is the fused one for bf16 weights on a GPU, else PyTorch's.
-
-    Raises:
-        CannotPlan: nothing is known about it.
-    """
-    if config.optim == "auto":
-        return "adamw_8bit_fused" if config.dtype == "bfloat16" and not on_cpu else "adamw_torch"
-    if config.optim not in OPTIMIZERS:
-        raise CannotPlan(f"--optim {config.optim}: cannot be planned; choose one of {', '.join(OPTIMIZERS)}")
-    return config.optim
 
 
 def asked_policy(config: DPOConfig) -> Policy | None:
@@ -47,13 +35,19 @@ def asked_policy(config: DPOConfig) -> Policy | None:
 
 
 def asked_setting(config: DPOConfig, card: Card, max_tokens: int) -> Setting:
-    """What the settings say, before anything is changed."""
-    weight_bytes = 2 if config.dtype == "bfloat16" else 4
-    bf16 = not card.is_cpu if config.bf16 is None else config.bf16
+    """What the settings say, before anything is changed.
+
+    Raises:
+        CannotPlan: nothing is known about the optimizer.
+    """
+    place = Placement.on(torch.device("cpu" if card.is_cpu else "cuda"), config)
+    optim = place.default_optimizer if config.optim == "auto" else config.optim
+    if optim not in OPTIMIZERS:
+        raise CannotPlan(f"--optim {optim}: cannot be planned; choose one of {', '.join(OPTIMIZERS)}")
     return Setting(
-        weight_bytes=weight_bytes,
-        autocast=bf16 and weight_bytes == 4,
-        optim=resolve_optimizer(config, on_cpu=card.is_cpu),
+        weight_bytes=place.dtype.itemsize,
+        autocast=place.bf16,
+        optim=optim,
         policy=asked_policy(config) or "none",
         offload=config.activation_offloading,
         max_tokens=max_tokens,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import TrainingError, UserError
 from dpo_fast.losses.objective import loss_at_reference, slope_at_reference
+from dpo_fast.model.finite import not_finite
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.training.checkpoint import newest_checkpoint
@@ -89,20 +89,12 @@ def check_tensors(tensors: Iterable[tuple[str, Tensor]], step: int, output_dir: 
         TrainingError: it names the first such tensor and the last good checkpoint.
     """
     floats = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    by_device = defaultdict(list)
-    for name, tensor in floats:
-        # NaN is both its smallest and its largest number; a mask of finite ones would take a byte for each.
-        smallest, largest = tensor.detach().aminmax()
-        by_device[tensor.device].append((name, smallest.isfinite() & largest.isfinite()))
-    for flags in by_device.values():
-        good = torch.stack([flag for _, flag in flags]).tolist()
-        bad = [name for (name, _), is_good in zip(flags, good, strict=True) if not is_good]
-        if bad:
-            more = f" and {len(bad) - 1} more of {len(floats)} tensors" if len(bad) > 1 else ""
-            raise TrainingError(
-                f"after step {step}, {bad[0]}{more} holds numbers that are not finite. They were not saved; "
-                f"{way_back(output_dir)}"
-            )
+    if bad := not_finite(floats):
+        more = f" and {len(bad) - 1} more of {len(floats)} tensors" if len(bad) > 1 else ""
+        raise TrainingError(
+            f"after step {step}, {bad[0]}{more} holds numbers that are not finite. They were not saved; "
+            f"{way_back(output_dir)}"
+        )
 
 
 def way_back(output_dir: Path) -> str:

@@ -104,11 +104,8 @@ def flash_adamw(groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
 
 
 def optimizer_name(config: DPOConfig) -> str:
-    """`config.optim`, or what `auto` means: the fused optimizer for bf16 weights on a GPU, else PyTorch's."""
-    if config.optim != "auto":
-        return config.optim
-    place = Placement.of(config)
-    return "adamw_8bit_fused" if (place.device.type, place.dtype) == ("cuda", torch.bfloat16) else "adamw_torch"
+    """`config.optim`, or what `auto` means."""
+    return Placement.of(config).default_optimizer if config.optim == "auto" else config.optim
 
 
 def check_optimizer(config: DPOConfig) -> None:

@@ -118,13 +118,11 @@ class ModelSignal:
         """
         from jinja2 import TemplateError
 
-        from dpo_fast.data.template_limits import check_template, template_limits
+        from dpo_fast.data.template_limits import template_limits
 
-        if isinstance(self.tokenizer.chat_template, str):
-            check_template(self.tokenizer.chat_template)
         plain = [{name: text.encode(errors="replace").decode() for name, text in m.items()} for m in messages]
         try:
-            with template_limits():
+            with template_limits(self.tokenizer.chat_template):
                 tokens = self.tokenizer.apply_chat_template(plain, return_dict=True, **options)
             return self.check(tokens)
         except TemplateError as error:

@@ -34,22 +34,16 @@ class RewardModel(ModelSignal):
         """
         from transformers import AutoModelForSequenceClassification
 
-        from dpo_fast.model.load import load_config, one_line
-        from dpo_fast.model.source import check_weights_file
+        from dpo_fast.model.load import load_config, load_weights
 
         tokenizer = self.tokenizer
         try:
             config = load_config(self.name, trust_remote_code=self.trust_remote_code)
-            check_weights_file(self.name, self.name)
-            with one_line(self.name, "its weights"):
-                model, found = AutoModelForSequenceClassification.from_pretrained(
-                    self.name,
-                    config=config,
-                    dtype=self.dtype,
-                    trust_remote_code=self.trust_remote_code,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
+            model, found = load_weights(
+                AutoModelForSequenceClassification,
+                *(self.name, config, self.dtype),
+                trust_remote_code=self.trust_remote_code,
+            )
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
         if model.config.num_labels != 1:
