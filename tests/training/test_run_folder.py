@@ -13,7 +13,7 @@ from small_runs import QUIET, assert_same_weights, finish, start_train, wait_for
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
-from dpo_fast.files import _digest
+from dpo_fast.files import digest_of
 from dpo_fast.training.checkpoint import load_state, verify_checkpoint
 from dpo_fast.training.loop import STATE_FILE, STATE_TYPES, Trainer
 from dpo_fast.training.run import train
@@ -151,7 +151,7 @@ def reseal(checkpoint, change):
     torch.save(replaced if isinstance(replaced, list) else state, checkpoint / STATE_FILE)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     size = (checkpoint / STATE_FILE).stat().st_size
-    manifest["files"][STATE_FILE] = {"size": size, "xxh3_128": _digest(checkpoint / STATE_FILE)}
+    manifest["files"][STATE_FILE] = {"size": size, "xxh3_128": digest_of(checkpoint / STATE_FILE)}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     assert verify_checkpoint(checkpoint) == []
 
