@@ -54,12 +54,18 @@ def assert_same_weights(left: str | os.PathLike[str], right: str | os.PathLike[s
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def _run(words: list[str], log: str, slow: list[str], delay: float) -> None:
+def _run(words: list[str], log: str, slow: list[str], delay: float, terminal: str | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    if terminal is not None:
+        os.setsid()
+        screen = os.open(terminal, os.O_RDWR)  # of a process without a terminal, it becomes its own
+        os.dup2(screen, 0)
+    else:
+        screen = descriptor
+    os.dup2(screen, 1)
+    os.dup2(screen, 2)
     for name in slow:
-        _slow_down(name, delay)
+        _slow_down(name, delay, descriptor)
     try:
         from dpo_fast.cli import main
 
@@ -73,8 +79,8 @@ def _run(words: list[str], log: str, slow: list[str], delay: float) -> None:
     os._exit(code)
 
 
-def _slow_down(name: str, delay: float) -> None:
-    """Announce each call of `module:function`, and wait before and after it."""
+def _slow_down(name: str, delay: float, log: int) -> None:
+    """Announce each call of `module:function` in a log, and wait before and after it."""
     module, _, path = name.partition(":")
     *owners, last = path.split(".")
     owner = importlib.import_module(module)
@@ -83,7 +89,7 @@ def _slow_down(name: str, delay: float) -> None:
     call = getattr(owner, last)
 
     def slowly(*args, **kwargs):
-        os.write(1, f"begins {last}\n".encode())
+        os.write(log, f"begins {last}\n".encode())
         time.sleep(delay)
         result = call(*args, **kwargs)
         time.sleep(delay)
@@ -92,7 +98,9 @@ def _slow_down(name: str, delay: float) -> None:
     setattr(owner, last, slowly)
 
 
-def start_train(config: DPOConfig, log: Path, *, slow: tuple[str, ...] = (), delay: float = 0.1) -> BaseProcess:
+def start_train(
+    config: DPOConfig, log: Path, *, slow: tuple[str, ...] = (), delay: float = 0.1, terminal: str | None = None
+) -> BaseProcess:
     """`dpo-fast train` in a process of its own, which prints into `log`.
 
     Args:
@@ -100,11 +108,12 @@ def start_train(config: DPOConfig, log: Path, *, slow: tuple[str, ...] = (), del
         log: file to append to.
         slow: functions (`module:name`) to slow down; the log says `begins NAME` at each call.
         delay: seconds to wait before and after them.
+        terminal: device that the process takes as its terminal; then the log holds only those calls.
     """
     words = ["train", *(f"--{name}={json.dumps(value)}" for name, value in vars(config).items() if value is not None)]
     words = [word.replace('="', "=").removesuffix('"') for word in words]
     log.touch()  # it may be killed before it begins
-    process = CONTEXT.Process(target=_run, args=(words, str(log), list(slow), delay))
+    process = CONTEXT.Process(target=_run, args=(words, str(log), list(slow), delay, terminal))
     process.start()
     return process
 

@@ -3,16 +3,13 @@
 import os
 import pty
 import signal
-import time
-from pathlib import Path
 
 import pytest
-from small_runs import CONTEXT, QUIET, assert_same_weights, finish, start_train, wait_for
+from small_runs import QUIET, assert_same_weights, finish, start_train, wait_for
 
-from dpo_fast.cli import STOPPED, run_train
+from dpo_fast.cli import STOPPED
 from dpo_fast.config import DPOConfig
 from dpo_fast.training.checkpoint import verify_checkpoint
-from dpo_fast.training.loop import Trainer
 from dpo_fast.training.run import train
 from dpo_fast.training.signals import StopSignals, stop_signals
 
@@ -110,8 +107,7 @@ def test_a_hangup_of_the_terminal_does_not_lose_the_checkpoint(config, whole, tm
     """The terminal goes away with the signal, so whatever is printed afterwards would fail."""
     log = tmp_path / "log"
     controller, terminal = pty.openpty()
-    process = CONTEXT.Process(target=_train_in_terminal, args=(os.ttyname(terminal), vars(config()), str(log)))
-    process.start()
+    process = start_train(config(), log, slow=(STEP,), terminal=os.ttyname(terminal))
     wait_for(process, log, "begins train_step", count=2)
     os.close(terminal)
     os.close(controller)  # sends SIGHUP to the session of the terminal
@@ -119,23 +115,6 @@ def test_a_hangup_of_the_terminal_does_not_lose_the_checkpoint(config, whole, tm
     assert process.exitcode == STOPPED
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert verify_checkpoint(checkpoint) == []
-
-
-def _train_in_terminal(terminal, settings, log):
-    os.setsid()
-    descriptor = os.open(terminal, os.O_RDWR)  # of a process without a terminal, it becomes its own
-    for number in (0, 1, 2):
-        os.dup2(descriptor, number)
-    step = Trainer.train_step
-
-    def slowly(self):
-        with Path(log).open("a") as file:
-            file.write("begins train_step\n")
-        time.sleep(0.2)
-        return step(self)
-
-    Trainer.train_step = slowly
-    os._exit(run_train(DPOConfig(**settings)))
 
 
 def test_a_hangup_is_ignored_under_nohup():
