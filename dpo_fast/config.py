@@ -108,8 +108,31 @@ class ModelConfig:
 
 
 @dataclass
-class SamplingConfig:
-    """How to sample answers.
+class ServerConfig:
+    """How to reach OpenAI-compatible servers; see docs/engines.md.
+
+    Attributes:
+        base_url: address of a server, such as `http://localhost:8000/v1`, or a list of servers that share the work.
+        api_key_env: environment variable that holds the API key.
+        concurrency: requests in flight at once, on all servers together.
+        max_requests_per_minute: upper limit on requests, retries included; null sets none.
+        max_retries: times that a request is repeated after a failure before the command stops.
+        request_timeout: seconds to wait for an answer.
+        request_options: further fields of every request, such as `{top_k: 20}`; a null removes a field.
+    """
+
+    base_url: str | list[str] = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 32
+    max_requests_per_minute: float | None = None
+    max_retries: int = 6
+    request_timeout: float = 600.0
+    request_options: dict[str, Any] | None = None
+
+
+@dataclass
+class SamplingConfig(ServerConfig):
+    """How to sample answers: the settings of `ServerConfig`, plus the following.
 
     Attributes:
         num_samples: answers per prompt, split evenly among all models and temperatures.
@@ -117,7 +140,7 @@ class SamplingConfig:
         top_p: sample from the most likely tokens that make up this share of the probability.
         max_new_tokens: maximum tokens of an answer.
         generation_batch_size: answers to generate at once.
-        backend: `transformers`, or `vllm` if it is installed.
+        backend: `transformers`; `vllm` if it is installed; `openai` for a server at `base_url`.
         seed: random seed for sampling; each batch of prompts derives its own seed from it.
     """
 
@@ -126,7 +149,7 @@ class SamplingConfig:
     top_p: float = 1.0
     max_new_tokens: int = 256
     generation_batch_size: int = 64
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Literal["transformers", "vllm", "openai"] = "transformers"
     seed: int = 42
 
 
@@ -135,7 +158,7 @@ class SampleConfig(SamplingConfig):
     """Settings of `dpo-fast sample`: those of `SamplingConfig`, plus the following.
 
     Attributes:
-        model: checkpoint folder, Hub name or .gguf file, or a list of them.
+        model: checkpoint folder, Hub name, .gguf file or the name on a server, or a list of them.
         data: rows with a prompt, in any file or dataset that `dpo-fast train` reads; other columns are kept.
         out: .jsonl file to write, one row per prompt.
         prompt_column: column of the prompt, a string or messages.
@@ -147,6 +170,7 @@ class SampleConfig(SamplingConfig):
         device: `auto` is CUDA if there is a GPU, otherwise the CPU.
         dtype: dtype of the weights; `auto` is bfloat16 on a GPU, float32 on a CPU.
         overwrite: replace `out` and the leftovers of an interrupted run with other settings.
+        dry_run: with `backend` `openai`, print the number of requests and tokens, then stop.
     """
 
     model: str | list[str] = ""
@@ -160,11 +184,12 @@ class SampleConfig(SamplingConfig):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     overwrite: bool = False
+    dry_run: bool = False
 
 
 @dataclass
-class SignalConfig:
-    """Which signals judge an answer, and the limits of a checker.
+class SignalConfig(ServerConfig):
+    """Which signals judge an answer, the limits of a checker, and the settings of `ServerConfig`.
 
     Attributes:
         signals: name of a signal (`json`, `regex:PATTERN`, `number:COLUMN`, ...; see docs/signals.md), or a list.
@@ -177,6 +202,12 @@ class SignalConfig:
         process_limit: number of processes that a command may run at once.
         num_workers: answers to judge at once; null is one per processor.
         judge_batch_size: texts per batch of a reward model or judge.
+        judge_base_url: address of the server of `judge:openai:NAME` and `reward-model:openai:NAME`, or a list; null is
+            `base_url`.
+        judge_api_key_env: environment variable that holds its API key; null is `api_key_env`.
+        judge_question: what a judge is asked, with `{prompt}`, `{first}` and `{second}`; null asks for the better
+            answer, A or B.
+        judge_max_tokens: maximum tokens of a served judge's reply.
     """
 
     signals: str | list[str] = ""
@@ -189,6 +220,10 @@ class SignalConfig:
     process_limit: int = 64
     num_workers: int | None = None
     judge_batch_size: int = 16
+    judge_base_url: str | list[str] | None = None
+    judge_api_key_env: str | None = None
+    judge_question: str | None = None
+    judge_max_tokens: int = 16
 
 
 @dataclass
@@ -209,6 +244,7 @@ class LabelConfig(SignalConfig):
         repeat_share: share of comparisons shown twice, to measure how well judges agree with themselves.
         seed: random seed for order, sides and repeats of comparisons.
         overwrite: replace `out` and the leftovers of an interrupted run with other settings.
+        dry_run: print how many requests and tokens the signals on servers take, then stop.
     """
 
     data: str = ""
@@ -224,6 +260,7 @@ class LabelConfig(SignalConfig):
     repeat_share: float = 0.1
     seed: int = 42
     overwrite: bool = False
+    dry_run: bool = False
 
 
 @dataclass
@@ -302,6 +339,8 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
 
     Attributes:
         reference: the model to compare `model` with.
+        reference_base_url: with `backend` `openai`, address of the server of `reference`, or a list; null is
+            `base_url`.
         beta: factor of the implicit reward.
         prompts: file or dataset of prompts for both models to answer, judged by `signals`; null compares no answers.
         plain_prompts: do not apply the chat template to string prompts.
@@ -309,6 +348,7 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
     """
 
     reference: str = ""
+    reference_base_url: str | list[str] | None = None
     beta: float = 0.1
     prompts: str | None = None
     plain_prompts: bool = False
