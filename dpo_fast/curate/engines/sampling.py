@@ -142,7 +142,7 @@ class _Sampling:
         self.sources = sources
         self.servers = servers
         self.log = log
-        # Until a server is found to ignore or reject `n`.
+        # Until a server is found to reject `n`; one that ignores it costs no request.
         self.n_is_supported = True
         self.again: deque[_Job] = deque()
         self.split_prompts: set[int] = set()
@@ -200,7 +200,6 @@ class _Sampling:
             self.again.extend(job.split())
             return {}
         if len(found.choices) < len(job.copies):
-            self.n_is_supported = False
             self.again.extend(replace(job, copies=job.copies[len(found.choices) :]).split())
         elif len(job.copies) == 1 and job.prompt in self.split_prompts:
             self.n_is_supported = False

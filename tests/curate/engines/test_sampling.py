@@ -75,7 +75,7 @@ def test_seeds_differ_between_prompts_and_are_the_same_in_the_next_run(served):
 
 
 @pytest.mark.parametrize("ignores", [True, False], ids=["ignored", "rejected"])
-def test_a_server_without_n_is_asked_once_per_answer(served, ignores):
+def test_a_server_without_n_takes_one_request_per_answer(served, ignores):
     def answer(body, number):
         if body.get("n", 1) > 1 and not ignores:
             return 400, {"error": "n must be 1"}, {}
@@ -83,7 +83,7 @@ def test_a_server_without_n_is_asked_once_per_answer(served, ignores):
 
     with stub_server(answer) as stub:
         rows = served(stub.url, PROMPTS, num_samples=3, concurrency=1)
-        # Only the first prompt was asked for three answers at once.
+        # A rejected request costs one more, and only for the first prompt.
         assert len(stub.requests) == 18 + (not ignores)
     assert all(len(set(row["responses"])) == 3 for row in rows)
     assert all(how["num_tokens"] == 7 for row in rows for how in row["samples"])
