@@ -159,8 +159,15 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same pack with its tensors on `device`; segment bounds stay on the CPU, where loops read them."""
         on_host = ("cu_seqlens_q", "cu_seqlens_k")
+        to_gpu = torch.device(device).type == "cuda"
+
+        def move(value: Tensor) -> Tensor:
+            # The host would wait for a copy of pageable memory, and with it for all work that was queued before.
+            is_pageable = to_gpu and value.device.type == "cpu"
+            return (value.pin_memory() if is_pageable else value).to(device, non_blocking=True)
+
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: move(value)
             for name in self.__dataclass_fields__
             if isinstance(value := getattr(self, name), Tensor) and name not in on_host
         }

@@ -119,3 +119,16 @@ def test_an_answer_in_two_pairs_is_cut_at_each_partners_length():
     assert pairs.rejected.tolist() == [8, 1 + 2 + 0.5 * 4]
     (pairs.chosen.sum() + pairs.rejected.sum()).backward()
     assert logps.grad.tolist() == [2, 1.5, 1, 1, 1, 1]
+
+
+def test_a_pack_goes_to_a_gpu_from_pinned_memory(monkeypatch):
+    """A copy of pageable memory would wait for the GPU."""
+    batch = pack(random_groups(2))
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: copied.append(non_blocking) or self)
+    batch.to("cuda")
+    assert len(pinned) == len(copied) > 6
+    assert all(copied)
+    batch.to("cpu")
+    assert len(pinned) * 2 == len(copied)

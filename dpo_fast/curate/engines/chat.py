@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_fast.data.conversation import Text
+if TYPE_CHECKING:
+    from dpo_fast.data.conversation import Text
 
 # English text has about four characters a token; only the server knows better.
 CHARACTERS_PER_TOKEN = 4

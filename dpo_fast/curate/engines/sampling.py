@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 from rich.console import Console
 
-from dpo_fast.config import SampleConfig
+from dpo_fast.config import DataConfig, SampleConfig
 from dpo_fast.console import progress_line, say
 from dpo_fast.curate.engines.chat import Replies, body_of, estimated_tokens, path_of, read_replies
 from dpo_fast.curate.engines.parallel import Log, in_parallel, resumable
@@ -81,7 +81,13 @@ class _Job:
 
 
 def served_answers(
-    rows: Sequence[Row], config: SampleConfig, sources: Sequence[tuple[str, float]], *, console: Console, log: Log
+    rows: Sequence[Row],
+    config: SampleConfig,
+    sources: Sequence[tuple[str, float]],
+    columns: DataConfig,
+    *,
+    console: Console,
+    log: Log,
 ) -> list[Answered]:
     """The rows that have a prompt, with all answers that servers gave, duplicates included.
 
@@ -89,6 +95,7 @@ def served_answers(
         rows: with prompts.
         config: settings of sampling and of the servers.
         sources: models and temperatures.
+        columns: where a row's prompt is, and what its chat template is given.
         console: shows progress and what was sent.
         log: results so far; an answer is added as soon as it arrives.
 
@@ -100,7 +107,7 @@ def served_answers(
         EngineError: servers failed too often.
     """
     servers = Servers(config.base_url, config)
-    prompts = _prompts(rows, config, console)
+    prompts = _prompts(rows, config, columns, console)
     sampling = _Sampling(prompts, config, _sources(sources, config), servers, log)
     total = len(prompts) * config.num_samples
     with resumable(log), progress_line(console, "sampling", total, sampling.num_done()) as line:
@@ -111,10 +118,15 @@ def served_answers(
 
 
 def describe_plan(
-    rows: Sequence[Row], config: SampleConfig, sources: Sequence[tuple[str, float]], *, console: Console
+    rows: Sequence[Row],
+    config: SampleConfig,
+    sources: Sequence[tuple[str, float]],
+    columns: DataConfig,
+    *,
+    console: Console,
 ) -> str:
     """What sampling would send, before anything is sent: requests and tokens."""
-    prompts = _prompts(rows, config, console)
+    prompts = _prompts(rows, config, columns, console)
     requests = [source for source in _sources(sources, config) if source.copies]
     tokens = len(requests) * sum(estimated_tokens(prompt.text) for prompt in prompts)
     answers = len(prompts) * config.num_samples
@@ -244,19 +256,19 @@ class _Sampling:
         )
 
 
-def _prompts(rows: Sequence[Row], config: SampleConfig, console: Console) -> list[_Prompt]:
+def _prompts(rows: Sequence[Row], config: SampleConfig, columns: DataConfig, console: Console) -> list[_Prompt]:
     """The rows that have a prompt; a string becomes a user turn unless the settings say no."""
     usable: list[_Prompt] = []
     dropped: list[str] = []
     for number, row in enumerate(rows):
         try:
-            prompt, tools = to_prompt(row, config.prompt_column, config.tools_column)
+            prompt, tools = to_prompt(row, columns)
             if isinstance(prompt, str) and config.apply_chat_template is not False:
                 prompt = [{"role": "user", "content": prompt}]
             body = body_of(prompt)
             if tools is not None and not isinstance(prompt, str):
                 body["tools"] = tools
-            if kwargs := template_kwargs(row):
+            if kwargs := template_kwargs(row, columns):
                 body["chat_template_kwargs"] = kwargs
         except RowError as error:
             dropped.append(f"row {number}: {error}")

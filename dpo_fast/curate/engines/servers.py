@@ -117,7 +117,6 @@ class Servers:
         self._servers = [_Server(_checked_url(url)) for url in urls]
         if not self._servers:
             raise UserError("no server given: pass --base_url with its address, such as http://localhost:8000/v1")
-        check_settings(config)
         self._config = config
         self._key_name = api_key_env or config.api_key_env
         self._key = os.environ.get(self._key_name, "").strip()
@@ -255,23 +254,6 @@ class Servers:
     def _epitaph(self, server: _Server, failure: _Failure, attempts: int) -> str:
         failures = max(attempts, server.failures)
         return self._without_key(f"{server.url}: {shorten(str(failure))} (failed {failures} times in a row)")
-
-
-def check_settings(config: ServerConfig) -> None:
-    """Reject settings that cannot work.
-
-    Raises:
-        UserError: a number is out of range.
-    """
-    if config.concurrency < 1:
-        raise UserError(f"--concurrency {config.concurrency}: expected a number above 0")
-    if config.max_retries < 0:
-        raise UserError(f"--max_retries {config.max_retries}: expected 0 or above")
-    if config.request_timeout <= 0:
-        raise UserError(f"--request_timeout {config.request_timeout:g}: expected seconds above 0")
-    limit = config.max_requests_per_minute
-    if limit is not None and limit <= 0:
-        raise UserError(f"--max_requests_per_minute {limit:g}: expected a number above 0, or null")
 
 
 def _checked_url(url: str) -> str:

@@ -12,7 +12,7 @@ from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.signals.comparisons import Comparison, fill, question_of, win_shares
 from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
-from dpo_fast.curate.signals.served import PREFIX
+from dpo_fast.curate.signals.served import PREFIX, identity_of
 from dpo_fast.curate.signals.served_judge import ServedJudge
 from dpo_fast.curate.verdict import Question, Verdict
 from dpo_fast.errors import UserError
@@ -48,7 +48,7 @@ class Judge(ModelSignal):
         from dpo_fast.model.load import load_model
 
         try:
-            model: Any = load_model(self.name, self.dtype)
+            model: Any = load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
         use_own_attention(model)
@@ -110,7 +110,7 @@ class Judge(ModelSignal):
         return self.encode(f"{question}\n\nBetter answer:")
 
 
-@row_signal("judge:NAME", f"judge:{PREFIX}NAME")
+@row_signal("judge:NAME", f"judge:{PREFIX}NAME", identity=identity_of)
 def judge(argument: str, config: SignalConfig) -> Judge | ServedJudge:
     """A judge on this machine, or on a server."""
     if argument.startswith(PREFIX):

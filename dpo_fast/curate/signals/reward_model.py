@@ -11,9 +11,9 @@ from dpo_fast.config import SignalConfig
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
-from dpo_fast.curate.signals.served import PREFIX
+from dpo_fast.curate.signals.served import PREFIX, identity_of
 from dpo_fast.curate.signals.served_reward_model import ServedRewardModel
-from dpo_fast.curate.verdict import Question, Verdict, describe, verdict_of
+from dpo_fast.curate.verdict import Question, Verdict, verdict_of
 from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,13 +35,18 @@ class RewardModel(ModelSignal):
         """
         from transformers import AutoModelForSequenceClassification
 
+        from dpo_fast.model.load import load_config, load_weights
+
         tokenizer = self.tokenizer
         try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.name, dtype=self.dtype, output_loading_info=True
+            config = load_config(self.name, trust_remote_code=self.trust_remote_code)
+            model, found = load_weights(
+                AutoModelForSequenceClassification,
+                *(self.name, config, self.dtype),
+                trust_remote_code=self.trust_remote_code,
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"--signals {self.spec}: cannot load it: {describe(error)}") from error
+        except UserError as error:
+            raise UserError(f"--signals {self.spec}: {error}") from error
         if model.config.num_labels != 1:
             raise UserError(f"--signals {self.spec}: has {model.config.num_labels} outputs; a reward model has 1")
         if found["missing_keys"]:
@@ -73,7 +78,7 @@ class RewardModel(ModelSignal):
         return self.encode(self.defuse(text_of(prompt)), self.defuse(answer))
 
 
-@row_signal("reward-model:NAME", f"reward-model:{PREFIX}NAME")
+@row_signal("reward-model:NAME", f"reward-model:{PREFIX}NAME", identity=identity_of)
 def reward_model(argument: str, config: SignalConfig) -> RewardModel | ServedRewardModel:
     """A reward model on this machine, or on a server."""
     if argument.startswith(PREFIX):

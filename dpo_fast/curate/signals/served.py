@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.engines.parallel import Log, in_parallel
 from dpo_fast.curate.engines.servers import Refused, Servers
+from dpo_fast.curate.identity import Identity, model_identity
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.signals.declare import bad_spec
 from dpo_fast.curate.verdict import Question, Verdict, shorten
@@ -111,6 +112,11 @@ class ServedSignal(ABC):
 
     def _key(self, number: int, place: int) -> str:
         return f"{self.spec} {number} {place}"
+
+
+def identity_of(argument: str) -> Identity:
+    """The hashes of a model on this machine; None for one on a server, which does not show its weights."""
+    return None if argument.startswith(PREFIX) else model_identity(argument)
 
 
 def turns(value: Any, role: str) -> list[dict[str, str]]:

@@ -191,8 +191,8 @@ def test_request_options_are_on_top_and_a_null_removes_a_field():
     ],
 )
 def test_settings_that_cannot_work(settings, message):
-    config = ServerConfig(**{"base_url": "http://localhost:1/v1"} | settings)
     with pytest.raises(UserError, match=message) as caught:
+        config = ServerConfig(**{"base_url": "http://localhost:1/v1"} | settings)
         Servers(config.base_url, config)
     assert "secret" not in str(caught.value)
 
