@@ -191,9 +191,11 @@ def test_request_options_are_on_top_and_a_null_removes_a_field():
     ],
 )
 def test_settings_that_cannot_work(settings, message):
+    def servers(base_url, **settings):
+        return Servers(base_url, ServerConfig(**settings))
+
     with pytest.raises(UserError, match=message) as caught:
-        config = ServerConfig(**{"base_url": "http://localhost:1/v1"} | settings)
-        Servers(config.base_url, config)
+        servers(**{"base_url": "http://localhost:1/v1"} | settings)
     assert "secret" not in str(caught.value)
 
 
