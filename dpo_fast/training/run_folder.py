@@ -117,11 +117,12 @@ class RunFolder:
         old, self.run = self.run, run or _new_id()
         aside = self.path.resolve().with_name(f"{self.path.resolve().name}.replaced-by-{self.run}")
         self._replaced.append(aside.name)
+        # First of all: a process that dies from here on leaves a folder of the new run, with files of the old one.
+        self._record()
         with write_errors(aside):
             aside.mkdir()
             if old is not None:
-                shutil.copy(self.path / RUN_FILE, aside / RUN_FILE)
-            self._record()
+                write_file_atomically(aside / RUN_FILE, json.dumps({"id": old, "replaced": []}) + "\n")
             for entry in entries:
                 entry.rename(aside / entry.name)
         return f"set aside the old run as {aside}; it is removed when this run has finished"
