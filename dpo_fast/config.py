@@ -95,6 +95,9 @@ class ModelConfig(Settings):
             false uses the defaults.
         deterministic_attention: on a GPU, sum in a fixed order in attention's backward, so that runs are bit-identical;
             false allows any order.
+        fused_layers: on a GPU, compute norms, rotary embeddings and gated MLPs by Liger's kernels; `auto` does so where
+            liger-kernel is installed, knows the model and gives its log-probs, and leaves it to `torch_compile` if that
+            is on; true refuses to run without.
         reference_store: SQLite file with reference log-probs; null is `reference.sqlite` in the user's cache folder.
         trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
     """
@@ -107,6 +110,7 @@ class ModelConfig(Settings):
     head_memory_budget_gib: float = number(2.0, least=0)
     autotune: bool = True
     deterministic_attention: bool = True
+    fused_layers: bool | Literal["auto"] = "auto"
     reference_store: str | None = None
     trust_remote_code: bool = False
 

@@ -73,6 +73,7 @@ class Policy:
         shares_prompts: lay a prompt out once for all its answers; false computes answer by answer.
         static_tokens: fill every pack up to this many tokens, so that compiled layers see one size; None fills none.
         is_compiled: whether the decoder's layers are compiled.
+        layers: which fused layers the model has; empty if it has its own (see `model/layers.py`).
         router_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out, None takes the
             model's own coefficient if its configuration asks for balancing, as in transformers.
     """
@@ -86,6 +87,7 @@ class Policy:
     shares_prompts: bool = True
     static_tokens: int | None = None
     is_compiled: bool = False
+    layers: str = ""
     router_loss_coef: float | None = None
 
     @classmethod
@@ -115,7 +117,8 @@ class Policy:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
         layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
         ways = " compiled" * self.is_compiled + " lengths apart" * (self.length_regimes is not None)
-        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}"
+        layers = f" {self.layers}" if self.layers else ""
+        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}{layers}"
 
     @cached_property
     def length_regimes(self) -> LengthRegimes | None:

@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             *("device", "head_memory_budget_gib", "autotune", "deterministic_attention", "reference_store"),
+            "fused_layers",
             *("loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef"),
             *("discopop_tau", "dpop_lambda", "simpo_gamma", "alphapo_alpha", "tpo_alpha", "score_scale"),
             *("desirable_weight", "undesirable_weight", "ld_alpha", "use_weighting"),

@@ -20,6 +20,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.losses.objective import needs_reference
 from dpo_fast.model.check import with_fitting_layout
+from dpo_fast.model.layers import with_fused_layers
 from dpo_fast.model.load import tokenizer_of
 from dpo_fast.model.placement import busy_cpu
 from dpo_fast.model.policy import Policy
@@ -176,6 +177,7 @@ def check_progress(config: DPOConfig, plan: Plan, state: dict[str, Any]) -> None
 def load_policy(config: DPOConfig, plan: Plan, groups: list[Group], name: str) -> Policy:
     """The model `name`, checked on some of `groups`, in the layout that it can be computed in."""
     policy = with_fitting_layout(Policy.load(config, name), groups)
+    policy = with_fused_layers(policy, groups, config.fused_layers if not config.torch_compile else False)
     if config.static_shapes:
         policy = replace(policy, static_tokens=plan.max_tokens)
     return policy.compiled() if config.torch_compile else policy

@@ -32,6 +32,8 @@ def check_config(config: DPOConfig) -> None:
             f"--max_steps {config.max_steps} --num_train_epochs {config.num_train_epochs:g}: no step to take; expected "
             "steps above 0, or -1 and epochs above 0"
         )
+    if config.torch_compile and config.fused_layers is True:
+        raise UserError("--fused_layers true --torch_compile true: the compiler fuses these layers itself; choose one")
     if config.sync_ref_model and not needs_reference(config):
         raise UserError(f"--sync_ref_model true: --loss_type {config.loss_type} has no reference")
     if any_loss(config, lambda facts: facts.needs_gold) and config.gold_column is None:
