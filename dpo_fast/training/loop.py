@@ -233,7 +233,7 @@ class Trainer:
         Raises:
             TrainingError: one is not.
         """
-        tensors = [*self.policy.model.named_parameters(), *tensors_of(state, "state")]
+        tensors = [*self.policy.saved_weights().items(), *tensors_of(state, "state")]
         check_tensors(tensors, self.step, self.output_dir)
         return sum(tensor.nbytes for _, tensor in tensors)
 
@@ -248,6 +248,9 @@ class Trainer:
     def write_final(self, folder: Path) -> None:
         """Write the Hugging Face folder of the trained model, in the dtype that it is to be used in."""
         config = self.config
+        if self.policy.adapter is not None:
+            self.policy.save(folder, self.tokenizer)
+            return
         saved = saved_dtype(
             self.policy.model, config.model, config.save_dtype, trust_remote_code=config.trust_remote_code
         )
@@ -274,6 +277,8 @@ class Trainer:
             "reference": self.reference.fingerprint,
             "reference_digests": self.reference.digests,
         }
+        if self.policy.adapter is not None:
+            state["base"] = self.policy.adapter.base_fingerprint
         if self.reward_shift is not None:
             state["reward_shift"] = self.reward_shift.state_dict()
         if self.reference.moving is not None:

@@ -1,0 +1,55 @@
+"""4-bit weights: bitsandbytes' NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """Quantise linear layers to NF4 while loading; the head and embeddings keep their dtype.
+
+    Attributes:
+        device: to quantise on and to stay on.
+        compute_dtype: of the products with dequantised weights.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    def config(self) -> BitsAndBytesConfig:
+        """What transformers loads by.
+
+        Raises:
+            UserError: bitsandbytes is not installed.
+        """
+        from transformers import BitsAndBytesConfig
+
+        if find_spec("bitsandbytes") is None:
+            raise UserError("--load_in_4bit true: bitsandbytes is not installed; pip install bitsandbytes")
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=self.compute_dtype,
+        )
+
+
+def keep_weights_fixed(model: Any) -> None:
+    """Keep bitsandbytes from repacking weights on a CPU.
+
+    On CPUs with AVX-512 BF16 its layers repack themselves in the first forward without gradients, with scales in bf16:
+    the weights of training and of scoring would differ.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
