@@ -39,7 +39,7 @@ class AdapterFolder:
 
 def is_adapter(model: str) -> bool:
     """Whether a model's name is the folder of an adapter."""
-    return _locate(Path(model)) is not None
+    return bool(model) and _locate(Path(model)) is not None
 
 
 def adapter_folder(model: str, base: str | None = None, *, option: str = "--model") -> AdapterFolder | None:
@@ -80,6 +80,8 @@ def adapter_folder(model: str, base: str | None = None, *, option: str = "--mode
         raise UserError(
             f"{named}: an adapter of {own_base}, which is not on this machine; pass --model BASE --adapter {model}"
         )
+    if (below := _locate(Path(base or str(own_base)))) and is_adapter(_base_named_in(below)):
+        raise UserError(f"{named}: an adapter of an adapter of an adapter, or of itself; merge the lower ones")
     if path != Path(model):
         logger.info("%s: reading the adapter in %s", named, path.name)
     return AdapterFolder(path, base or str(own_base), settings)
@@ -101,6 +103,14 @@ def _locate(path: Path) -> Path | None:
         if (step := entry.name.removeprefix("checkpoint-")).isdecimal() and (entry / ADAPTER_CONFIG).is_file()
     }
     return steps[max(steps)] if steps else None
+
+
+def _base_named_in(folder: Path) -> str:
+    """The base in an adapter's configuration; empty if there is none."""
+    try:
+        return str(json.loads((folder / ADAPTER_CONFIG).read_bytes())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
 
 
 def _is_missing(base: str) -> bool:

@@ -17,7 +17,7 @@ from dpo_fast.model.adapter import merged, read_adapter
 from dpo_fast.model.adapter_folder import adapter_folder, is_adapter
 from dpo_fast.model.attention import use_packed_attention
 from dpo_fast.model.finite import not_finite
-from dpo_fast.model.quantize import FourBit, keep_weights_fixed
+from dpo_fast.model.quantize import FourBit, dequantize, keep_weights_fixed
 from dpo_fast.model.source import check_weights_file, find, without_fetched_code
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of `load_adapted`; `merge` adds an adapter to the weights, which are dequantised for it."""
     model, peft = load_adapted(
-        *(name, dtype), base=base, four_bit=four_bit, dequantize=merge, trust_remote_code=trust_remote_code
+        *(name, dtype), base=base, four_bit=four_bit, as_plain=merge, trust_remote_code=trust_remote_code
     )
     if merge and peft is not None:
         model = merged(peft)
@@ -106,7 +106,7 @@ def load_adapted(
     *,
     base: str | None = None,
     four_bit: FourBit | None = None,
-    dequantize: bool = False,
+    as_plain: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PeftModel | None]:
     """Load a causal language model, whole, without dropout, set to read packs; and peft's view of its adapter, if any.
@@ -116,7 +116,7 @@ def load_adapted(
         dtype: of the weights.
         base: base of the adapter, if not the one that its configuration names.
         four_bit: quantise the weights; otherwise the model lies on the CPU.
-        dequantize: turn quantised weights back into `dtype`, rounded as they are.
+        as_plain: turn quantised weights back into `dtype`, on the CPU, rounded as they are.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -125,14 +125,14 @@ def load_adapted(
     folder = adapter_folder(name, base)
     if folder is None:
         model = _load_plain(name, dtype, four_bit, trust_remote_code)
-        return (model.dequantize(dtype) if four_bit and dequantize else model), None
+        return (dequantize(model, dtype) if four_bit and as_plain else model), None
     check_weights_file(name, str(folder.path))
     # An adapter of an adapter: the lower one is part of the weights that the upper one was trained on.
     is_stacked = is_adapter(folder.base)
-    if is_stacked and four_bit is not None and not dequantize:
+    if is_stacked and four_bit is not None and not as_plain:
         raise UserError(f"--load_in_4bit true: {name} is an adapter of the adapter {folder.base}; merge one of them")
     model, below = load_adapted(
-        *(folder.base, dtype), four_bit=four_bit, dequantize=dequantize, trust_remote_code=trust_remote_code
+        *(folder.base, dtype), four_bit=four_bit, as_plain=as_plain, trust_remote_code=trust_remote_code
     )
     if below is not None:
         model = merged(below)
@@ -193,7 +193,9 @@ def load_weights(
     if four_bit is not None:
         if extra:
             raise UserError(f"--load_in_4bit true: {name} is quantised already; expected weights as safetensors")
-        extra = {"quantization_config": four_bit.config(), "device_map": {"": four_bit.device}}
+        extra = {"device_map": {"": four_bit.device}}
+        if not getattr(config, "quantization_config", None):
+            extra["quantization_config"] = four_bit.config()
     elif extra:
         extra["quantization_config"] = GgufConfig(dequantize=True)
     with one_line(name, "its weights"):

@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -271,6 +272,20 @@ class Policy:
         if want_stats:
             return linear_logprob_with_stats(*arguments, bias=bias, **options)
         return linear_logprob(*arguments, bias=bias, **options), None
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training drops anything out: only a new adapter does."""
+        return self.adapter is not None and bool(self.adapter.settings.lora_dropout)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """The model as it is used, not as it is trained."""
+        if self.has_dropout:
+            self.model.eval()
+        yield
+        if self.has_dropout:
+            self.model.train()
 
     def saved_weights(self) -> dict[str, Tensor]:
         """What `save` writes, by name: those of the adapter, or all parameters."""

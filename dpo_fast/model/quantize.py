@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from dpo_fast.errors import UserError
 
@@ -42,6 +43,26 @@ class FourBit:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=self.compute_dtype,
         )
+
+
+def dequantize(model: Any, dtype: torch.dtype) -> Any:
+    """The model on the CPU with ordinary weights, rounded as the 4-bit ones are.
+
+    transformers' own `dequantize` stays on the device, which need not have room for it.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            with torch.device("meta"):
+                linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            linear.weight = nn.Parameter(weight.to("cpu", dtype))
+            linear.bias = None if module.bias is None else nn.Parameter(module.bias.detach().to("cpu", dtype))
+            model.set_submodule(name, linear)
+    model.hf_quantizer.remove_quantization_config(model)
+    return model.to(device="cpu", dtype=dtype)
 
 
 def keep_weights_fixed(model: Any) -> None:

@@ -40,8 +40,6 @@ def find(model: str, base: str | None = None, *, option: str = "--model") -> tup
     if path.is_file():
         raise UserError(f"{option} {model}: a file; expected a checkpoint folder, a Hub name or a .gguf file")
     if adapter := adapter_folder(model, base, option=option):
-        if Path(adapter.base).resolve() == adapter.path.resolve():
-            raise UserError(f"{option} {model}: an adapter that names itself as its base")
         return find(adapter.base, option=f"{option} {model}: its base")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(

@@ -16,15 +16,22 @@ from rich.console import Console
 from dpo_fast.config import DPOConfig
 from dpo_fast.console import say
 from dpo_fast.errors import UserError
+from dpo_fast.files import write_folder_atomically
 from dpo_fast.losses.objective import any_loss
 from dpo_fast.model.adapter import TRAINED, Adapter, attach, require_peft
 from dpo_fast.model.adapter_folder import AdapterFolder, adapter_folder
 from dpo_fast.model.adapter_join import why_not_plain
+from dpo_fast.model.load import load_model
+from dpo_fast.model.placement import Placement
 from dpo_fast.model.policy import Policy
+from dpo_fast.model.precision import saved_dtype
+from dpo_fast.model.quantize import FourBit
 from dpo_fast.reference.fingerprint import model_fingerprint
+from dpo_fast.training.run_folder import MERGED_FOLDER
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedTokenizerBase
 
 
 def is_adapted(config: DPOConfig) -> bool:
@@ -81,6 +88,15 @@ def merges_on_load(config: DPOConfig) -> bool:
     return not keeps_sft_adapter(config)
 
 
+def describe_start(config: DPOConfig) -> str:
+    """What becomes of the adapter that `model` names; empty if it names none."""
+    if (below := adapter_folder(config.model, config.adapter_base)) is None:
+        return ""
+    how = "merged into the weights" if merges_on_load(config) else "kept beneath the new adapter"
+    reference = "" if config.ref_model else f"; with it, {below.base} is the reference"
+    return f"the adapter {config.model} is {how}{reference}"
+
+
 def start_adapter(
     config: DPOConfig, policy: Policy, fingerprint: str, checkpoint: Path | None, console: Console
 ) -> Policy:
@@ -97,11 +113,7 @@ def start_adapter(
         UserError: the adapter does not fit the model, or the checkpoint.
     """
     below = adapter_folder(config.model, config.adapter_base)
-    if below is not None:
-        how = "kept beneath the new adapter" if policy.adapter else "merged into the weights"
-        say(console, f"the adapter {config.model} is {how}; with it, {below.base} is the reference")
-    base = config.model
-    joined = None
+    base, joined = config.model, None
     if below is not None and not _why_not_joined(config, below):
         base, joined = below.base, below
     # The same adapter whether the reference was scored before it or found in the store.
@@ -151,6 +163,32 @@ def check_base(state: dict[str, Any], found: str, config: DPOConfig) -> None:
             f"--resume: --model {config.model} is not the base that the adapter was trained on (other weights, "
             "configuration or dtype). Pass that one, or start another run in another --output_dir"
         )
+
+
+def write_merged(config: DPOConfig, adapter: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write the model with its adapter added to its weights, as a Hugging Face folder next to `adapter`.
+
+    Weights are added in fp32 on the CPU; those of QLoRA to the dequantised base, which is what it was trained on.
+
+    Returns:
+        What was written, as a sentence.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    place = Placement.of(config)
+    four_bit = FourBit(place.device, place.compute_dtype) if config.load_in_4bit else None
+    options: dict[str, Any] = {"four_bit": four_bit, "trust_remote_code": config.trust_remote_code}
+    model = load_model(str(adapter), torch.float32, merge=True, **options)
+    below = adapter_folder(str(adapter))
+    assert below is not None, "it was just written"
+    saved = saved_dtype(model, below.base, config.save_dtype, **options)
+    policy = Policy(model, device=torch.device("cpu"))
+    path = write_folder_atomically(
+        adapter.with_name(MERGED_FOLDER), lambda folder: policy.save(folder, tokenizer, saved.dtype)
+    )
+    what = f"{below.base} dequantised from 4 bits" if config.load_in_4bit else below.base
+    return f"merged model: {path} (the adapter added to {what})" + (f"; {saved.reason}" if saved.reason else "")
 
 
 def card(config: DPOConfig, base: str) -> str:

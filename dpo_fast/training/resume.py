@@ -47,7 +47,17 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("model", "ref_model"), Rule.REFERENCE),
     **dict.fromkeys(("dtype", "bf16", "sync_ref_model", "loss_type"), Rule.FIXED),
     **dict.fromkeys(
-        ("peft", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "load_in_4bit", "sft_adapter"), Rule.FIXED
+        (
+            "peft",
+            "use_peft",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "load_in_4bit",
+            "sft_adapter",
+        ),
+        Rule.FIXED,
     ),
     **dict.fromkeys(
         ("max_tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"), Rule.FIXED
@@ -59,7 +69,7 @@ RULES: dict[str, Rule] = {
             *("discopop_tau", "dpop_lambda", "simpo_gamma", "alphapo_alpha", "tpo_alpha", "score_scale"),
             *("desirable_weight", "undesirable_weight", "ld_alpha", "use_weighting"),
             *("ref_model_sync_steps", "ref_model_mixup_alpha", "eval_data", "eval_steps"),
-            *("lora_dropout", "optim", "gradient_release", "checkpointing_policy", "activation_offloading"),
+            *("optim", "gradient_release", "checkpointing_policy", "activation_offloading"),
             *("learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2"),
             *("adam_epsilon", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "torch_compile"),
             *("static_shapes", "gradient_checkpointing", "activation_checkpointing", "logging_steps", "save_steps"),

@@ -26,7 +26,14 @@ from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import store_path
 from dpo_fast.reference.store import ReferenceStore
-from dpo_fast.training.adapters import base_fingerprint, check_base, is_adapted, merges_on_load, start_adapter
+from dpo_fast.training.adapters import (
+    base_fingerprint,
+    check_base,
+    describe_start,
+    is_adapted,
+    merges_on_load,
+    start_adapter,
+)
 from dpo_fast.training.as_planned import fit_plan, run_as_planned
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.gradients import check_gradient_release
@@ -134,10 +141,12 @@ def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Co
     if rows.plan.placement.device.type == "cpu" and (note := busy_cpu()):
         say(console, note, style="yellow")
     torch.manual_seed(config.seed)
+    if start := describe_start(config):
+        say(console, start)
     adapts = is_adapted(config)
     # A checkpoint of an adapter holds no other weights.
-    start = config.model if adapts else str(checkpoint or config.model)
-    policy = load_policy(config, rows.plan, rows.groups + rows.held_out, start)
+    name = config.model if adapts else str(checkpoint or config.model)
+    policy = load_policy(config, rows.plan, rows.groups + rows.held_out, name)
     base = base_fingerprint(policy) if adapts else None
     if state is not None and base is not None:
         check_base(state, base, config)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracle import tiny_llama, tiny_tokenizer
+from oracle import save_tiny_checkpoint, tiny_llama, tiny_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 from small_runs import QUIET
@@ -245,3 +245,191 @@ def test_without_peft_the_extra_is_named(config, monkeypatch):
     monkeypatch.setattr("dpo_fast.model.adapter.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^--peft lora: adapters need peft: pip install 'dpo-fast\[peft\]'$"):
         train(config(use_peft=True), console=QUIET)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
+def test_resume_ends_with_the_same_bits(kind, config, tmp_path):
+    settings = {"peft": kind, "save_steps": 3, "warmup_steps": 2, "eval_split": 0.2, "lora_dropout": 0.1}
+    whole = train(config(output_dir=str(tmp_path / "whole"), **settings), console=QUIET)
+    train(config(output_dir=str(tmp_path / "cut"), **settings), console=QUIET)
+    for name in ("checkpoint-6", "final"):
+        (tmp_path / "cut" / name).rename(tmp_path / name)
+    resumed = train(config(output_dir=str(tmp_path / "cut"), resume="auto", **settings), console=QUIET)
+    assert_same_adapter(whole.model_dir, resumed.model_dir)
+    assert figures(resumed) == figures(whole)
+
+
+def assert_same_adapter(left, right):
+    ours, theirs = load_file(left / WEIGHTS), load_file(right / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_checkpoint_holds_the_adapter_alone(config, tmp_path):
+    train(config(peft="lora", lora_r=4, save_steps=3, max_steps=3), console=QUIET)
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    weights = load_file(checkpoint / WEIGHTS)
+    numbers = sum(x.numel() for x in weights.values())
+    assert all("lora_" in name for name in weights)
+    state = torch.load(checkpoint / "training_state.pt", weights_only=True)
+    moments = [x for entry in state["optimizer"]["state"].values() for x in entry.values() if x.ndim]
+    assert sum(x.numel() for x in moments) == 2 * numbers
+    assert not list(checkpoint.glob("model*"))
+    assert not list(checkpoint.glob("*.bin"))
+    assert "README.md" in {path.name for path in (tmp_path / "run" / "final").iterdir()}
+
+
+FIXED = {
+    "rank": {"lora_r": 8},
+    "alpha": {"lora_alpha": 8.0},
+    "layers": {"lora_target_modules": "q_proj"},
+    "kind": {"peft": "dora"},
+    "4 bits": {"load_in_4bit": True},
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_what_may_not_change_is_refused_on_resume(case, config):
+    settings = {"peft": "lora", "lora_r": 4, "save_steps": 2, "max_steps": 2}
+    train(config(**settings), console=QUIET)
+    with pytest.raises(UserError, match=rf"--resume: .*--{next(iter(FIXED[case]))} .*may not change in a run"):
+        train(config(**settings | FIXED[case] | {"resume": "auto"}), console=QUIET)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
+def test_another_base_is_refused_on_resume(loss, config, base, tmp_path):
+    """With and without a reference, by another name and in place."""
+    model = tmp_path / "model"
+    save_tiny_checkpoint(model)
+    settings = {"peft": "lora", "save_steps": 2, "loss_type": loss}
+    train(config(model=str(model), max_steps=2, **settings), console=QUIET)
+    again = {"max_steps": 3, "resume": "auto", **settings}
+    other = save_tiny_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"--model .*other"):
+        train(config(model=str(other), **again), console=QUIET)
+    (model / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="is not the base that the adapter was trained on"):
+        train(config(model=str(model), **again), console=QUIET)
+
+
+def test_evaluation_has_no_dropout(config):
+    settings = {"peft": "lora", "eval_split": 0.3, "eval_steps": 1, "max_steps": 1, "learning_rate": 0.0}
+    rows = train(config(lora_dropout=0.5, **settings), console=QUIET).metrics
+    (evaluation,) = [row for row in rows if "eval_loss" in row]
+    assert evaluation["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def sft_adapter(base, folder, *, tokenizer=False, **settings):
+    """An adapter as other tools write it, with weights that change every log-prob."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    options = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    wrapped = get_peft_model(model, LoraConfig(**options | settings))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    wrapped.save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sft(base, tmp_path):
+    return sft_adapter(base, tmp_path / "sft")
+
+
+@pytest.mark.parametrize("how", ["merge", "keep"])
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_an_sft_adapter_is_the_reference(how, kind, config, sft, base):
+    """Whether merged or kept: step 0 is at ln 2, and the result is one adapter of the original base."""
+    if (how, kind) == ("merge", "qlora"):
+        with pytest.raises(UserError, match="pass --sft_adapter keep"):
+            train(config(model=str(sft), peft=kind, sft_adapter=how), console=QUIET)
+        return
+    text, result = printed(config(model=str(sft), peft=kind, sft_adapter=how if kind == "lora" else "auto"))
+    said = {"merge": "merged into the weights", "keep": "kept beneath the new adapter"}[how]
+    assert f"the adapter {sft} is {said}; with it, {base} is the reference" in text
+    assert losses(result)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(result)[-1] < 0.69
+    settings = json.loads((result.model_dir / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["r"]) == (base, 3 + 16)
+    if kind == "lora":
+        # peft's own forward, of what was written.
+        assert (peft_logits(base, result.model_dir) - peft_logits(base, sft)).abs().max() > 1e-3
+
+
+def test_merged_and_kept_train_alike(config, sft, tmp_path):
+    kept = train(config(model=str(sft), peft="lora", sft_adapter="keep"), console=QUIET)
+    merged = train(config(model=str(sft), peft="lora", output_dir=str(tmp_path / "merged")), console=QUIET)
+    assert losses(kept) == pytest.approx(losses(merged), abs=1e-4)
+    torch.testing.assert_close(
+        peft_logits(config().model, kept.model_dir), peft_logits(config().model, merged.model_dir), atol=1e-3, rtol=0
+    )
+
+
+def test_resume_on_top_of_an_sft_adapter_ends_with_the_same_bits(config, sft, tmp_path):
+    for how in ("merge", "keep"):
+        settings = {"model": str(sft), "peft": "lora", "sft_adapter": how, "save_steps": 3, "lora_alpha": 10.0}
+        settings["output_dir"] = str(tmp_path / how)
+        whole = train(config(**settings), console=QUIET)
+        for name in ("checkpoint-6", "final"):
+            (tmp_path / how / name).rename(tmp_path / f"{how}-{name}")
+        resumed = train(config(resume="auto", **settings), console=QUIET)
+        assert_same_adapter(tmp_path / f"{how}-final", resumed.model_dir)
+        assert figures(resumed) == figures(whole)
+
+
+def test_all_weights_are_trained_from_a_merged_sft_adapter(config, sft, base):
+    text, result = printed(config(model=str(sft), max_steps=2))
+    assert "merged into the weights" in text
+    assert losses(result)[0] == pytest.approx(math.log(2), abs=1e-6)
+    trained = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    with torch.no_grad():
+        assert (trained(input_ids=IDS).logits - peft_logits(base, sft)).abs().max() < 1
+    assert (trained.model.norm.weight != 1).any()
+
+
+def test_a_dora_on_an_sft_adapter_is_written_merged(config, sft, base, tmp_path):
+    settings = {"model": str(sft), "peft": "dora", "max_steps": 3}
+    with pytest.raises(UserError, match="pass --merge_final true"):
+        train(config(**settings), console=QUIET)
+    with pytest.raises(UserError, match="pass --sft_adapter merge"):
+        train(config(sft_adapter="keep", **settings), console=QUIET)
+    result = train(config(merge_final=True, **settings), console=QUIET)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    from peft import PeftModel
+
+    plain = PeftModel.from_pretrained(plain, str(sft)).merge_and_unload()
+    both = PeftModel.from_pretrained(plain, str(result.model_dir)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=IDS).logits, both(input_ids=IDS).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
+def test_a_merged_model_is_written(kind, config, base, tmp_path):
+    """Against peft's own forward on the base, of which QLoRA's is dequantised."""
+    from dpo_fast.model.load import load_model
+    from dpo_fast.model.quantize import FourBit
+
+    settings = {"peft": kind, "merge_final": True, "save_dtype": "float32"}
+    text, result = printed(config(**settings))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    assert ("dequantised" in text) == (kind == "qlora")
+    with torch.no_grad():
+        got = merged(input_ids=IDS).logits
+        if kind != "qlora":
+            want = peft_logits(base, result.model_dir)
+        else:
+            four_bit = FourBit(torch.device("cpu"), torch.float32)
+            model = load_model(str(result.model_dir), torch.float32, four_bit=four_bit)
+            with own_attention(model):
+                want = model(input_ids=IDS).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    assert (tmp_path / "run" / "merged" / "tokenizer.json").is_file()
+    assert not hasattr(merged.config, "quantization_config")
