@@ -51,13 +51,14 @@ def dequantize(model: Any, dtype: torch.dtype) -> Any:
     transformers' own `dequantize` stays on the device, which need not have room for it.
     """
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             with torch.device("meta"):
                 linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            quantized: Any = module.weight
+            weight = dequantize_4bit(quantized.data, quantized.quant_state)
             linear.weight = nn.Parameter(weight.to("cpu", dtype))
             linear.bias = None if module.bias is None else nn.Parameter(module.bias.detach().to("cpu", dtype))
             model.set_submodule(name, linear)

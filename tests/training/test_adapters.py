@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl_runs import IGNORED, ROWS, make_trainer
 
 from dpo_fast.errors import UserError
+from dpo_fast.kernels import linear_logprob_torch
 from dpo_fast.model.attention import own_attention
 from dpo_fast.training.loop import Trainer
 from dpo_fast.training.run import train
@@ -119,9 +120,18 @@ def in_order(order):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
 def test_only_the_adapter_has_gradients_and_state(kind, config, monkeypatch):
-    """Counted in bytes, against peft's own count of the adapter's numbers."""
+    """Counted in bytes, against peft's own count and one by hand; and the head keeps no exponentials."""
     seen = {}
-    train_step = Trainer.train_step
+    heads = []
+    train_step, forward = Trainer.train_step, linear_logprob_torch.forward
+
+    def kept(*arguments, **options):
+        result = forward(*arguments, **options)
+        if "frozen" in options:  # not of scoring
+            heads.append((options["frozen"], result[1].kept))
+        return result
+
+    monkeypatch.setattr(linear_logprob_torch, "forward", kept)
 
     def counted(self):
         zero_grad = self.optimizer.zero_grad
@@ -148,6 +158,8 @@ def test_only_the_adapter_has_gradients_and_state(kind, config, monkeypatch):
     assert seen["adapter"] == by_hand + magnitudes
     assert seen["gradients"] == 4 * seen["adapter"]
     assert seen["state"] == 2 * 4 * seen["adapter"]
+    assert heads
+    assert all(frozen and not exponentials for frozen, exponentials in heads)
 
 
 def test_adapters_of_one_base_share_its_reference(config, tmp_path):
