@@ -25,10 +25,11 @@ logger = logging.getLogger("dpo_fast")
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 FINAL_FOLDER = "final"
+MERGED_FOLDER = "merged"
 CHOICES_FILE = "autotune.json"
 _LOCK_FILE = ".dpo-fast-lock"
 # What a run writes besides its checkpoints, and the report on it.
-_FILES = (FINAL_FOLDER, METRICS_FILE, DAMAGED_METRICS_FILE, CHOICES_FILE, CONFIG_FILE, "report.html")
+_FILES = (FINAL_FOLDER, MERGED_FOLDER, METRICS_FILE, DAMAGED_METRICS_FILE, CHOICES_FILE, CONFIG_FILE, "report.html")
 
 
 class RunFolder:
