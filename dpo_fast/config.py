@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo_fast.errors import UserError
 from dpo_fast.ranges import Settings, number
 
 PairChoice = Literal["best_worst", "adjacent", "all"]
@@ -83,9 +84,13 @@ class ModelConfig(Settings):
     """Which model to run, on which device, in which precision.
 
     Attributes:
-        model: checkpoint folder, Hub name or .gguf file.
+        model: checkpoint folder, Hub name, .gguf file or adapter's folder.
+        adapter: folder of an adapter (peft's format) to use on `model`; the same as that folder as `model` with `model`
+            as `adapter_base`.
+        adapter_base: model beneath the adapter that `model` names; null is the one that its configuration names.
+        load_in_4bit: quantise the weights to 4 bits while loading (bitsandbytes' NF4, double quantisation).
         device: `auto` is CUDA if there is a GPU, otherwise the CPU.
-        dtype: dtype of the weights; `auto` is float32.
+        dtype: dtype of the weights; `auto` is float32, or bfloat16 for the frozen weights under an adapter on a GPU.
         bf16: run forward and backward under bfloat16 autocast; null is true on a GPU, false on a CPU.
         max_tokens_per_batch: token budget of one pack; null is 2,048 on a CPU and 8,192 on a GPU (128 per GiB of its
             memory if that is less), or the longest row, but no more than `per_device_train_batch_size` pairs of full
@@ -103,6 +108,9 @@ class ModelConfig(Settings):
     """
 
     model: str = ""
+    adapter: str | None = None
+    adapter_base: str | None = None
+    load_in_4bit: bool = False
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16: bool | None = None
@@ -114,10 +122,39 @@ class ModelConfig(Settings):
     reference_store: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        """Fold the two ways to name an adapter into one, so that saved settings hold one value."""
+        super().__post_init__()
+        if self.adapter is not None:
+            self.model, self.adapter_base, self.adapter = self.adapter, self.adapter_base or self.model or None, None
+
 
 @dataclass
-class SamplingConfig(Settings):
-    """How to sample answers.
+class ServerConfig(Settings):
+    """How to reach OpenAI-compatible servers; see docs/engines.md.
+
+    Attributes:
+        base_url: address of a server, such as `http://localhost:8000/v1`, or a list of servers that share the work.
+        api_key_env: environment variable that holds the API key.
+        concurrency: requests in flight at once, on all servers together.
+        max_requests_per_minute: upper limit on requests, retries included; null sets none.
+        max_retries: times that a request is repeated after a failure before the command stops.
+        request_timeout: seconds to wait for an answer.
+        request_options: further fields of every request, such as `{top_k: 20}`; a null removes a field.
+    """
+
+    base_url: str | list[str] = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = number(32, above=0)
+    max_requests_per_minute: float | None = number(None, above=0, most=1e9)
+    max_retries: int = number(6, least=0)
+    request_timeout: float = number(600.0, above=0, most=1e6)
+    request_options: dict[str, Any] | None = None
+
+
+@dataclass
+class SamplingConfig(ServerConfig):
+    """How to sample answers: the settings of `ServerConfig`, plus the following.
 
     Attributes:
         num_samples: answers per prompt, split evenly among all models and temperatures.
@@ -125,7 +162,7 @@ class SamplingConfig(Settings):
         top_p: sample from the most likely tokens that make up this share of the probability.
         max_new_tokens: maximum tokens of an answer.
         generation_batch_size: answers to generate at once.
-        backend: `transformers`, or `vllm` if it is installed.
+        backend: `transformers`; `vllm` if it is installed; `openai` for a server at `base_url`.
         trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
         seed: random seed for sampling; each batch of prompts derives its own seed from it.
     """
@@ -135,7 +172,7 @@ class SamplingConfig(Settings):
     top_p: float = number(1.0, above=0, most=1)
     max_new_tokens: int = number(256, above=0)
     generation_batch_size: int = number(64, above=0)
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Literal["transformers", "vllm", "openai"] = "transformers"
     trust_remote_code: bool = False
     seed: int = number(42, least=0, most=2**32 - 1)
 
@@ -145,7 +182,10 @@ class SampleConfig(SamplingConfig):
     """Settings of `dpo-fast sample`: those of `SamplingConfig`, plus the following.
 
     Attributes:
-        model: checkpoint folder, Hub name or .gguf file, or a list of them.
+        model: checkpoint folder, Hub name, .gguf file, adapter's folder or the name on a server, or a list of them.
+        adapter: folder of an adapter to use on `model`, as for `dpo-fast train`.
+        adapter_base: model beneath adapters that `model` names; null is the one that their configuration names.
+        load_in_4bit: quantise the weights to 4 bits while loading.
         data: rows with a prompt, in any file or dataset that `dpo-fast train` reads; other columns are kept.
         out: .jsonl file to write, one row per prompt.
         prompt_column: column of the prompt, a string or messages.
@@ -160,9 +200,13 @@ class SampleConfig(SamplingConfig):
         device: `auto` is CUDA if there is a GPU, otherwise the CPU.
         dtype: dtype of the weights; `auto` is bfloat16 on a GPU, float32 on a CPU.
         overwrite: replace `out` and the leftovers of an interrupted run with other settings.
+        dry_run: with `backend` `openai`, print the number of requests and tokens, then stop.
     """
 
     model: str | list[str] = ""
+    adapter: str | None = None
+    adapter_base: str | None = None
+    load_in_4bit: bool = False
     data: str = ""
     out: str = ""
     prompt_column: str = "prompt"
@@ -176,11 +220,20 @@ class SampleConfig(SamplingConfig):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     overwrite: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """As for `ModelConfig`."""
+        super().__post_init__()
+        if self.adapter is not None:
+            if isinstance(self.model, list):
+                raise UserError("--adapter: expected one --model beneath it; or name adapters' folders as --model")
+            self.model, self.adapter_base, self.adapter = self.adapter, self.adapter_base or self.model or None, None
 
 
 @dataclass
-class SignalConfig(Settings):
-    """Which signals judge an answer, and the limits of a checker.
+class SignalConfig(ServerConfig):
+    """Which signals judge an answer, the limits of a checker, and the settings of `ServerConfig`.
 
     Attributes:
         signals: name of a signal (`json`, `regex:PATTERN`, `number:COLUMN`, ...; see docs/signals.md), or a list.
@@ -193,6 +246,12 @@ class SignalConfig(Settings):
         process_limit: number of processes that a command may run at once.
         num_workers: answers to judge at once; null is one per processor.
         judge_batch_size: texts per batch of a reward model or judge.
+        judge_base_url: address of the server of `judge:openai:NAME` and `reward-model:openai:NAME`, or a list; null is
+            `base_url`.
+        judge_api_key_env: environment variable that holds its API key; null is `api_key_env`.
+        judge_question: what a judge is asked, with `{prompt}`, `{first}` and `{second}`; null asks for the better
+            answer, A or B.
+        judge_max_tokens: maximum tokens of a served judge's reply.
         trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
     """
 
@@ -206,6 +265,10 @@ class SignalConfig(Settings):
     process_limit: int = number(64, above=0)
     num_workers: int | None = number(None, least=1, most=1024)
     judge_batch_size: int = number(16, above=0)
+    judge_base_url: str | list[str] | None = None
+    judge_api_key_env: str | None = None
+    judge_question: str | None = None
+    judge_max_tokens: int = number(16, above=0)
     trust_remote_code: bool = False
 
 
@@ -228,6 +291,7 @@ class LabelConfig(SignalConfig):
         repeat_share: share of comparisons shown twice, to measure how well judges agree with themselves.
         seed: random seed for order, sides and repeats of comparisons.
         overwrite: replace `out` and the leftovers of an interrupted run with other settings.
+        dry_run: print how many requests and tokens the signals on servers take, then stop.
     """
 
     data: str = ""
@@ -244,6 +308,7 @@ class LabelConfig(SignalConfig):
     repeat_share: float = number(0.1, least=0, most=1)
     seed: int = number(42, least=0, most=2**32 - 1)
     overwrite: bool = False
+    dry_run: bool = False
 
 
 @dataclass
@@ -328,6 +393,8 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
 
     Attributes:
         reference: the model to compare `model` with.
+        reference_base_url: with `backend` `openai`, address of the server of `reference`, or a list; null is
+            `base_url`.
         beta: factor of the implicit reward.
         prompts: file or dataset of prompts for both models to answer, judged by `signals`; null compares no answers.
         plain_prompts: do not apply the chat template to string prompts.
@@ -335,6 +402,7 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
     """
 
     reference: str = ""
+    reference_base_url: str | list[str] | None = None
     beta: float = number(0.1, above=0)
     prompts: str | None = None
     plain_prompts: bool = False
@@ -420,6 +488,15 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
 
     Attributes:
         output_dir: folder of the run.
+        peft: train an adapter instead of the weights: `lora`, `dora`, or `qlora`, which is `lora` on 4-bit weights.
+        use_peft: TRL's name for `peft` `lora`.
+        lora_r: rank of the adapter.
+        lora_alpha: scale of the adapter, which is multiplied by `lora_alpha / lora_r`.
+        lora_dropout: dropout of the adapter's input.
+        lora_target_modules: layers to adapt: `all-linear` is all but the head, or a list of names.
+        sft_adapter: what to do with an adapter that `model` names: `merge` it into the weights, or `keep` it beneath
+            the new one; `auto` keeps it on 4-bit weights. The result is the reference either way.
+        merge_final: also write `merged/`, the trained model with the adapter added to its weights.
         ref_model: the reference, if it is not the model that training starts from.
         sync_ref_model: TR-DPO: let the reference follow the policy; it then stays in memory as a second model and
             scores every pack.
@@ -464,6 +541,14 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     """
 
     output_dir: str = "runs/dpo"
+    peft: Literal["none", "lora", "dora", "qlora"] = "none"
+    use_peft: bool = False
+    lora_r: int = number(16, above=0, most=65536)
+    lora_alpha: float = number(32.0, above=0, most=1e6)
+    lora_dropout: float = number(0.0, least=0, below=1)
+    lora_target_modules: str | list[str] = "all-linear"
+    sft_adapter: Literal["auto", "merge", "keep"] = "auto"
+    merge_final: bool = False
     ref_model: str | None = None
     sync_ref_model: bool = False
     ref_model_sync_steps: int = number(512, above=0)
@@ -501,8 +586,13 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        """Fold the two names into one, so that saved settings hold one value."""
+        """Fold several names of one thing into one, so that saved settings hold one value."""
         super().__post_init__()
+        if self.use_peft:
+            self.peft, self.use_peft = "lora" if self.peft == "none" else self.peft, False
+        if self.peft == "lora" and self.load_in_4bit:
+            self.peft = "qlora"
+        self.load_in_4bit = self.load_in_4bit or self.peft == "qlora"
         if self.activation_checkpointing is not None:
             self.gradient_checkpointing, self.activation_checkpointing = self.activation_checkpointing, None
 
@@ -515,15 +605,11 @@ class PlanConfig(DPOConfig):
         model: checkpoint folder, Hub name, .gguf file, or a shape that is built in, such as `llama-3-8b`.
         gpu: card to plan for, such as `h100-80`, or `cpu`; null is what is here.
         gpus: how many of them.
-        peft: plan for an adapter: `lora` on bf16 weights, `qlora` on 4-bit ones.
-        lora_r: rank of the adapter.
         json: print the plan as JSON.
         out: .png, .svg or .pdf file to draw it to.
     """
 
     gpu: str | None = None
     gpus: int = number(1, above=0, most=65536)
-    peft: Literal["none", "lora", "qlora"] = "none"
-    lora_r: int = number(16, above=0)
     json: bool = False
     out: str | None = None

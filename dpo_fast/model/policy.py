@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,12 @@ from dpo_fast.packs.layout import PackedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from dpo_fast.model.adapter import Adapter, head_weight, merged
 from dpo_fast.model.attention import PACKED_ATTENTION
 from dpo_fast.model.checkpointing import Checkpointing, enable_checkpointing
-from dpo_fast.model.load import load_model, refuse_not_finite
+from dpo_fast.model.load import load_adapted, refuse_not_finite
 from dpo_fast.model.placement import Placement
+from dpo_fast.model.quantize import FourBit
 from dpo_fast.model.rotary import LengthRegimes
 
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
@@ -76,6 +79,7 @@ class Policy:
         layers: which fused layers the model has; empty if it has its own (see `model/layers.py`).
         router_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out, None takes the
             model's own coefficient if its configuration asks for balancing, as in transformers.
+        adapter: the adapter in the model, if there is one.
     """
 
     model: Any
@@ -89,17 +93,28 @@ class Policy:
     is_compiled: bool = False
     layers: str = ""
     router_loss_coef: float | None = None
+    adapter: Adapter | None = None
 
     @classmethod
-    def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
-        """Load `name`, by default `config.model`, as the configuration says."""
+    def load(cls, config: ModelConfig, name: str | None = None, *, merge: bool = False) -> Policy:
+        """Load `name`, by default `config.model`, as the settings say; `merge` adds its adapter to the weights."""
         place = Placement.of(config)
         name = name or config.model
-        model: Any = load_model(name, place.dtype, trust_remote_code=config.trust_remote_code)
+        four_bit = FourBit(place.device, place.compute_dtype) if config.load_in_4bit else None
+        model: Any
+        model, peft = load_adapted(
+            *(name, place.dtype),
+            base=config.adapter_base,
+            four_bit=four_bit,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if merge and peft is not None:
+            model, peft = merged(peft), None
         model.to(device=place.device).eval()
         refuse_not_finite(name, model)
         return cls(
             model,
+            adapter=None if peft is None else Adapter(peft),
             device=place.device,
             bf16=place.bf16,
             memory_budget=int(config.head_memory_budget_gib * 2**30),
@@ -247,7 +262,7 @@ class Policy:
         divisor = getattr(text_config, "logits_scaling", None) or 1 / (getattr(text_config, "logit_scale", None) or 1)
         dtype = self.compute_dtype
         bias = getattr(head, "bias", None)
-        arguments = (rows.to(dtype), head.weight.to(dtype), targets)
+        arguments = (rows.to(dtype), head_weight(head).to(dtype), targets)
         bias = None if bias is None else bias.to(dtype)
         options = HeadKeywords(
             softcap=getattr(text_config, "final_logit_softcapping", None),
@@ -259,6 +274,24 @@ class Policy:
         if want_stats:
             return linear_logprob_with_stats(*arguments, bias=bias, **options)
         return linear_logprob(*arguments, bias=bias, **options), None
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training drops anything out: only a new adapter does."""
+        return self.adapter is not None and bool(self.adapter.settings.lora_dropout)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """The model as it is used, not as it is trained."""
+        if self.has_dropout:
+            self.model.eval()
+        yield
+        if self.has_dropout:
+            self.model.train()
+
+    def saved_weights(self) -> dict[str, Tensor]:
+        """What `save` writes, by name: those of the adapter, or all parameters."""
+        return dict(self.model.named_parameters()) if self.adapter is None else self.adapter.weights()
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:
@@ -293,14 +326,16 @@ class Policy:
         return replace(self, is_compiled=True)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
-        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer.
+        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer; of an adapter, peft's.
 
         Args:
             folder: to write into.
             tokenizer: of the model.
-            dtype: of the written weights; None is their own.
+            dtype: of the written weights; None is their own, as an adapter's always is.
         """
-        if dtype in (None, self.model.dtype):
+        if self.adapter is not None:
+            self.adapter.save(folder)
+        elif dtype in (None, self.model.dtype):
             self.model.save_pretrained(folder)
         else:
             weights = {name: weight.to(dtype) for name, weight in self.model.state_dict().items()}

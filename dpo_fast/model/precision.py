@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dpo_fast.errors import UserError
 from dpo_fast.model.load import load_config, load_model
+from dpo_fast.model.quantize import FourBit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Of the weights that training changed, the share that must still differ from the base's after a cast.
 KEPT_SHARE = 0.99
@@ -22,7 +26,15 @@ class SavedDtype:
     reason: str
 
 
-def saved_dtype(model: Any, base: str, wanted: str, *, trust_remote_code: bool = False) -> SavedDtype:
+def saved_dtype(
+    model: Any,
+    base: str,
+    wanted: str,
+    *,
+    adapter_base: str | None = None,
+    four_bit: FourBit | None = None,
+    trust_remote_code: bool = False,
+) -> SavedDtype:
     """The dtype to write a trained model in.
 
     Training moves most weights by less than the spacing of bfloat16: cast to the base's dtype, they are what they were.
@@ -31,17 +43,27 @@ def saved_dtype(model: Any, base: str, wanted: str, *, trust_remote_code: bool =
         model: as trained.
         base: what it was loaded from.
         wanted: `auto`, or the name of a dtype.
+        adapter_base: model beneath the adapter that `base` names.
+        four_bit: how `base` was quantised.
         trust_remote_code: as for loading.
     """
     trained = model.dtype
     if wanted != "auto" and getattr(torch, wanted) is trained:
         return SavedDtype(trained, "")
     try:
-        own = _dtype_of(base, trust_remote_code)
+        own = _dtype_of(load_config(base, base=adapter_base, trust_remote_code=trust_remote_code))
         target = own if wanted == "auto" else getattr(torch, wanted)
         if target.itemsize >= trained.itemsize:
             return SavedDtype(trained if wanted == "auto" else target, "")
-        share = surviving_share(model, load_model(base, own, trust_remote_code=trust_remote_code), target)
+        start = load_model(
+            # Dequantised weights need not be those of a narrower dtype.
+            *(base, own if four_bit is None else trained),
+            base=adapter_base,
+            four_bit=four_bit,
+            merge=True,
+            trust_remote_code=trust_remote_code,
+        )
+        share = surviving_share(model, start, target)
     except UserError as error:
         return SavedDtype(trained, f"weights in {_name(trained)}: {base} cannot be compared with any more ({error})")
     text = f"{share:.1%} of the weights that changed differ from {base} in {_name(target)}"
@@ -64,9 +86,9 @@ def surviving_share(model: Any, base: Any, dtype: torch.dtype) -> float:
     return survived / changed if changed else 1.0
 
 
-def _dtype_of(model: str, trust_remote_code: bool) -> torch.dtype:
-    """The dtype that a model's file has, by its configuration."""
-    dtype = load_config(model, trust_remote_code=trust_remote_code).dtype
+def _dtype_of(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a model's file has."""
+    dtype = config.dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.float32)
 
 

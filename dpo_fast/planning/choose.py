@@ -115,9 +115,7 @@ class Planned:
     @property
     def missing(self) -> str:
         """What `train` cannot do yet of this; empty if it can do all of it."""
-        lacks = [f"{self.setting.gpus} GPUs"] * (self.setting.gpus > 1)
-        lacks += [f"--peft {self.setting.peft}"] * (self.setting.peft != "none")
-        return " and ".join(lacks)
+        return f"{self.setting.gpus} GPUs" if self.setting.gpus > 1 else ""
 
 
 def enumerate_settings(asked: Planned, free: Free) -> Iterator[Planned]:

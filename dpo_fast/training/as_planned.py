@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.model.load import load_config
+from dpo_fast.model.load import config_of
 from dpo_fast.packs.layout import Group
 from dpo_fast.planning.forecast import Forecast, is_out_of_memory
 from dpo_fast.planning.hardware import this_card
@@ -31,7 +31,7 @@ def fit_plan(config: DPOConfig, plan: Plan, groups: Sequence[Group]) -> Plan:
     device = plan.placement.device
     workload = RowWorkload(groups, rows_per_step=plan.rows_per_step, seed=plan.seed, static_shapes=config.static_shapes)
     try:
-        shape = shape_of(load_config(config.model, trust_remote_code=config.trust_remote_code), config.model)
+        shape = shape_of(config_of(config), config.model)
         forecast = Forecast.of(
             *(config, shape, this_card(device), workload),
             max_tokens=plan.max_tokens,

@@ -22,6 +22,7 @@ from dpo_fast.files import write_folder_atomically
 from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.model.policy import Policy
 from dpo_fast.model.precision import saved_dtype
+from dpo_fast.training.adapters import write_merged
 from dpo_fast.training.checkpoint import save_checkpoint, save_state
 from dpo_fast.training.gradients import prepare_gradients
 from dpo_fast.training.guards import FiniteWatch, check_first_step, check_tensors, way_back
@@ -224,6 +225,8 @@ class Trainer:
         """
         needed = self.check_finite({})
         model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_final, needed=needed)
+        if self.config.merge_final:
+            say(self.console, write_merged(self.config, model_dir, self.tokenizer))
         self.folder.finish()
         return model_dir
 
@@ -233,7 +236,7 @@ class Trainer:
         Raises:
             TrainingError: one is not.
         """
-        tensors = [*self.policy.model.named_parameters(), *tensors_of(state, "state")]
+        tensors = [*self.policy.saved_weights().items(), *tensors_of(state, "state")]
         check_tensors(tensors, self.step, self.output_dir)
         return sum(tensor.nbytes for _, tensor in tensors)
 
@@ -241,15 +244,21 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Loss and rewards on the held-out pairs, under names that begin with `eval_`."""
         average = PairAverage()
-        for metrics in self.loss.metrics(self.held_out.pack(packed) for packed in self.held_out_packs):
-            average.add(metrics)
+        with self.policy.without_dropout():
+            for metrics in self.loss.metrics(self.held_out.pack(packed) for packed in self.held_out_packs):
+                average.add(metrics)
         return {f"eval_{name}": value for name, value in average.read().items()}
 
     def write_final(self, folder: Path) -> None:
         """Write the Hugging Face folder of the trained model, in the dtype that it is to be used in."""
         config = self.config
+        if self.policy.adapter is not None:
+            self.policy.save(folder, self.tokenizer)
+            return
         saved = saved_dtype(
-            self.policy.model, config.model, config.save_dtype, trust_remote_code=config.trust_remote_code
+            *(self.policy.model, config.model, config.save_dtype),
+            adapter_base=config.adapter_base,
+            trust_remote_code=config.trust_remote_code,
         )
         if saved.reason:
             say(self.console, saved.reason)
@@ -274,6 +283,10 @@ class Trainer:
             "reference": self.reference.fingerprint,
             "reference_digests": self.reference.digests,
         }
+        if self.policy.adapter is not None:
+            state["base"] = self.policy.adapter.base_fingerprint
+        if self.draws_on_device:
+            state["device_rng"] = {"state": torch.cuda.get_rng_state(self.policy.device)}
         if self.reward_shift is not None:
             state["reward_shift"] = self.reward_shift.state_dict()
         if self.reference.moving is not None:
@@ -303,6 +316,13 @@ class Trainer:
         if self.reference.moving is not None:
             yield "moving_reference", self.reference.moving.load_state_dict
         yield "rng", torch.set_rng_state
+        if self.draws_on_device:
+            yield "device_rng", lambda state: torch.cuda.set_rng_state(state["state"], self.policy.device)
+
+    @property
+    def draws_on_device(self) -> bool:
+        """Whether a GPU's random numbers count: an adapter's dropout draws them."""
+        return self.policy.has_dropout and self.policy.device.type == "cuda"
 
     def _restore_sampler(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state)

@@ -47,6 +47,19 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("model", "ref_model"), Rule.REFERENCE),
     **dict.fromkeys(("dtype", "bf16", "sync_ref_model", "loss_type"), Rule.FIXED),
     **dict.fromkeys(
+        (
+            "peft",
+            "use_peft",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "load_in_4bit",
+            "sft_adapter",
+        ),
+        Rule.FIXED,
+    ),
+    **dict.fromkeys(
         ("max_tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"), Rule.FIXED
     ),
     **dict.fromkeys(
@@ -65,7 +78,14 @@ RULES: dict[str, Rule] = {
         ),
         Rule.USED,
     ),
-    **dict.fromkeys(("output_dir", "save_dtype", "trust_remote_code", "resume", "overwrite", "dry_run"), Rule.UNSAID),
+    **dict.fromkeys(
+        (
+            *("output_dir", "save_dtype", "merge_final", "trust_remote_code", "resume", "overwrite", "dry_run"),
+            # The weights beneath an adapter are compared instead.
+            *("adapter", "adapter_base"),
+        ),
+        Rule.UNSAID,
+    ),
 }
 
 Changes = Mapping[str, tuple[Any, Any]]

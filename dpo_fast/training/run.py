@@ -27,6 +27,14 @@ from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import store_path
 from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.training.adapters import (
+    base_fingerprint,
+    check_base,
+    describe_start,
+    is_adapted,
+    merges_on_load,
+    start_adapter,
+)
 from dpo_fast.training.as_planned import fit_plan, run_as_planned
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.gradients import check_gradient_release
@@ -134,14 +142,25 @@ def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Co
     if rows.plan.placement.device.type == "cpu" and (note := busy_cpu()):
         say(console, note, style="yellow")
     torch.manual_seed(config.seed)
-    policy = load_policy(config, rows.plan, rows.groups + rows.held_out, str(checkpoint or config.model))
+    if start := describe_start(config):
+        say(console, start)
+    adapts = is_adapted(config)
+    # A checkpoint of an adapter holds no other weights.
+    name = config.model if adapts else str(checkpoint or config.model)
+    policy = load_policy(config, rows.plan, rows.groups + rows.held_out, name)
+    base = base_fingerprint(policy) if adapts else None
+    if state is not None and base is not None:
+        check_base(state, base, config)
+    is_reference = config.ref_model is None and (adapts or checkpoint is None)
     reference = prepare_reference(
-        *(config, rows.plan, None if checkpoint or config.ref_model else policy, rows.groups, rows.held_out),
+        *(config, rows.plan, policy if is_reference else None, rows.groups, rows.held_out),
         known=None if state is None else known_reference(state, changes),
         load=partial(load_policy, config, rows.plan, rows.groups),
         console=console,
     )
 
+    if base is not None:
+        policy = start_adapter(config, policy, base, checkpoint, console)
     policy.set_trainable(**rows.plan.activations(config))
     trainer = Trainer(
         *(config, rows.plan, policy, rows.tokenizer),
@@ -176,7 +195,7 @@ def check_progress(config: DPOConfig, plan: Plan, state: dict[str, Any]) -> None
 
 def load_policy(config: DPOConfig, plan: Plan, groups: list[Group], name: str) -> Policy:
     """The model `name`, checked on some of `groups`, in the layout that it can be computed in."""
-    policy = with_fitting_layout(Policy.load(config, name), groups)
+    policy = with_fitting_layout(Policy.load(config, name, merge=merges_on_load(config)), groups)
     policy = with_fused_layers(policy, groups, config.fused_layers if not config.torch_compile else False)
     if config.static_shapes:
         policy = replace(policy, static_tokens=plan.max_tokens)

@@ -12,6 +12,7 @@ from dpo_fast.model.placement import pick_device
 from dpo_fast.model.policy import warn_if_weights_cannot_move
 from dpo_fast.model.source import find
 from dpo_fast.packs.layout import Group
+from dpo_fast.training.adapters import check_adapter, is_adapted
 from dpo_fast.training.optimizers import OPTIMIZERS, check_optimizer, check_schedule, optimizer_name
 
 
@@ -24,7 +25,8 @@ def check_config(config: DPOConfig) -> None:
     check_optimizer(config)
     check_schedule(config)
     pick_device(config.device)
-    find(config.model)
+    find(config.model, config.adapter_base)
+    check_adapter(config)
     if config.ref_model is not None:
         find(config.ref_model, option="--ref_model")
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs == 0):
@@ -40,7 +42,7 @@ def check_config(config: DPOConfig) -> None:
         raise UserError(
             f"--loss_type {config.loss_type}: needs a third, better answer; name its column by --gold_column"
         )
-    if not OPTIMIZERS[optimizer_name(config)].moves_bf16:
+    if not OPTIMIZERS[optimizer_name(config)].moves_bf16 and not is_adapted(config):
         warn_if_weights_cannot_move(config, config.learning_rate)
 
 
