@@ -6,7 +6,7 @@ Forward and backward run in fp32, so that the optimizers are compared and not th
 are bf16 copies of the parameters, stepped by gradients rounded to bf16. The model reads either the weights that the
 optimizer holds (fp32; 24 bits of bf16 weights) or, "read as bf16", these rounded to bf16, as it does where its
 parameters are bf16 and where fp32 parameters run under autocast. All runs start from the same weights, which bf16 holds
-exactly. Each run is one `train` in a process with a single thread.
+exactly. Each run is one `train` in a process with a single thread. Runs that FILE already holds are not repeated.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from environment import environment
@@ -30,7 +28,6 @@ from torch import Tensor, nn
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.model.load import load_model, load_tokenizer
-from dpo_fast.model.policy import Policy
 from dpo_fast.training.fused_adamw import AdamW8bitFused
 from dpo_fast.training.optimizers import optimizer
 from dpo_fast.training.run import train
@@ -103,17 +100,6 @@ def rounded_model(source: str, target: Path) -> None:
     load_tokenizer(source).save_pretrained(target)
 
 
-def freeze_all_but(layers: int) -> Callable[..., None]:
-    """A `Policy.set_trainable` that trains the last layers alone."""
-
-    def set_trainable(policy: Policy, *, gradient_checkpointing: bool) -> None:
-        policy.model.train().requires_grad_(False)
-        for layer in policy.model.model.layers[-layers:]:
-            layer.requires_grad_(True)
-
-    return set_trainable
-
-
 def run(folder: str, optim: str, rate: float, args: argparse.Namespace) -> tuple[str, float, dict[str, Any]]:
     """One training run: figures of the last steps, and of the held-out rows at the end."""
     torch.set_num_threads(1)
@@ -124,11 +110,7 @@ def run(folder: str, optim: str, rate: float, args: argparse.Namespace) -> tuple
         **{"per_device_train_batch_size": args.pairs, "eval_split": 0.1, "logging_steps": WINDOW},
         **{"save_steps": 0, "seed": 42},
     )
-    with ExitStack() as stack:
-        if args.trained_layers:
-            replaced = mock.patch.object(Policy, "set_trainable", freeze_all_but(args.trained_layers))
-            stack.enter_context(replaced)
-        result = train(config, console=Console(quiet=True))
+    result = train(config, console=Console(quiet=True))
     rows = {name: [row[name] for row in result.metrics if name in row] for name in FIGURES}
     held_out = {name: next(row[key] for row in result.metrics if (key := f"eval_{name}") in row) for name in FIGURES}
     return optim, rate, {"training": {name: values[-1] for name, values in rows.items()}, "held out": held_out}
@@ -155,7 +137,6 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=[x for pair in BASELINES.items() for x in pair])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=4, help="per step")
-    parser.add_argument("--trained_layers", type=int, default=0, help="0 trains all weights")
     parser.add_argument("--max_length", type=int, default=80)
     parser.add_argument("--max_prompt", type=int, default=100, help="characters")
     parser.add_argument("--processes", type=int, default=2)
@@ -165,10 +146,15 @@ def main() -> None:
         num_rows = short_rows(args.rows, Path(folder, "rows.jsonl"), args.max_prompt)
         rounded_model(args.model, Path(folder, "model"))
         runs: dict[str, dict[str, Any]] = {f"{rate:g}": {} for rate in args.learning_rates}
+        if args.out.is_file():
+            runs |= json.loads(args.out.read_text())["runs"]
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.processes, context) as pool:
             futures = [
-                pool.submit(run, folder, optim, rate, args) for optim in args.optimizers for rate in args.learning_rates
+                pool.submit(run, folder, optim, rate, args)
+                for rate in args.learning_rates
+                for optim in args.optimizers
+                if optim not in runs[f"{rate:g}"]
             ]
             for future in as_completed(futures):
                 optim, rate, figures = future.result()
