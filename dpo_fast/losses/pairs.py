@@ -71,6 +71,16 @@ class PairLogps:
         """(P,) r_w - r_l."""
         return self.chosen_logratio - self.rejected_logratio
 
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return self.chosen.shape[0]
+
+    def to(self, device: torch.device | str) -> PairLogps:
+        """The pairs on another device, without a gradient."""
+        moved = {name: x.detach().to(device) for name in PER_PAIR if (x := getattr(self, name)) is not None}
+        return replace(self, **moved)
+
     @staticmethod
     def join(parts: Sequence[PairLogps]) -> PairLogps:
         """The pairs of several packs as those of one."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 from dpo_fast.model.attention import PACKED_ATTENTION, packed_attention_forward
 from dpo_fast.model.load import load_model
 from dpo_fast.model.placement import Placement
+from dpo_fast.model.sharding import decoder_layers, shard
 
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
 NUMERICS_VERSION = 2
@@ -44,6 +45,10 @@ class Scored:
     logps: Tensor
     router_loss: Tensor | None = None
     stats: TokenStats | None = None
+
+    def as_tuple(self) -> tuple[Tensor, Tensor | None, TokenStats | None]:
+        """The attributes in their order."""
+        return self.logps, self.router_loss, self.stats
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Policy:
         shares_prompts: lay a prompt out once for all its answers; false computes answer by answer.
         static_tokens: fill every pack up to this many tokens, so that compiled layers see one size; None fills none.
         is_compiled: whether the decoder's layers are compiled.
+        is_sharded: whether the weights are spread over processes.
         router_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out, None takes the
             model's own coefficient if its configuration asks for balancing, as in transformers.
     """
@@ -81,6 +87,7 @@ class Policy:
     shares_prompts: bool = True
     static_tokens: int | None = None
     is_compiled: bool = False
+    is_sharded: bool = False
     router_loss_coef: float | None = None
 
     @classmethod
@@ -108,7 +115,8 @@ class Policy:
     def numerics(self) -> str:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
         layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
-        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{' compiled' if self.is_compiled else ''}"
+        ways = " compiled" * self.is_compiled + " gathered weights" * (self.is_sharded and self.bf16)
+        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}"
 
     @property
     def noise(self) -> float:
@@ -125,6 +133,12 @@ class Policy:
         Returns:
             Log-probs in the order of `batch.targets`, differentiable.
         """
+        if not self.is_sharded:
+            return self._forward(batch, want_stats=want_stats)
+        # Gathering weights hangs on the model's own forward, and on the tensors in what it returns.
+        return Scored(*self.model(packed=lambda: self._forward(batch, want_stats=want_stats).as_tuple()))
+
+    def _forward(self, batch: PackedBatch, *, want_stats: bool) -> Scored:
         decoded = self._decode_packed(batch) if self.shares_prompts else self._decode_answers(batch)
         logps, stats = self._head(decoded.rows, batch.targets, want_stats=want_stats)
         return Scored(logps, self._router_loss(decoded.router_logits), stats)
@@ -192,7 +206,8 @@ class Policy:
         """The load-balancing loss of the model's own class, times its coefficient; None if there is none."""
         if not self.router_loss_weight or not router_logits:
             return None
-        balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
+        modules = (sys.modules[kind.__module__] for kind in type(self.model).__mro__)
+        balance = next(function for x in modules if (function := getattr(x, "load_balancing_loss_func", None)))
         loss = balance(router_logits, self.model.num_experts, self.model.num_experts_per_tok)
         return self.router_loss_weight * loss
 
@@ -242,14 +257,22 @@ class Policy:
 
         # Registered last, so that a check of the packed forward comes before.
         AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention_forward))
-        names = set(getattr(self.model, "_no_split_modules", None) or ())
-        layers = [module for module in self.model.modules() if type(module).__name__ in names]
+        layers = decoder_layers(self.model)
         if not layers:
             raise UserError(f"--torch_compile: {type(self.model).__name__} does not name its layers; leave it off")
         for layer in layers:
             # None: for the first size, and once more for all others if another comes, as of a row above the budget.
             layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
         return replace(self, is_compiled=True)
+
+    def sharded(self, *, replicate: bool) -> Policy:
+        """With the weights spread over all processes, in place; `replicate` keeps them whole in each.
+
+        Raises:
+            UserError: the model cannot be spread.
+        """
+        shard(self.model, device=self.device, replicate=replicate, dtype=torch.bfloat16 if self.bf16 else None)
+        return replace(self, is_sharded=True)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""

@@ -112,11 +112,11 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns the gradient's norm before clipping."""
-        packs = next(self.sampler)
-        groups = [self.train_set.groups[i] for packed in packs for i in packed]
+        step = next(self.sampler)
+        groups = [self.train_set.groups[i] for i in step.groups]
         num_pairs = sum(len(group.pairs) for group in groups)
         average = PairAverage()
-        batches = (self.train_set.pack(packed) for packed in packs)
+        batches = (self.train_set.pack(packed) for packed in step.packs)
         for batch, metrics in self.loss.backward(batches, num_pairs):
             average.add(metrics)
             self.watch.add(self.step + 1, batch.pair_rows, metrics[0].isfinite())

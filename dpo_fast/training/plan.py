@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from dpo_fast.config import DPOConfig
 from dpo_fast.losses.objective import needs_reference
 from dpo_fast.model.placement import Placement
-from dpo_fast.packs.bins import StepSampler, best_fit_decreasing
 from dpo_fast.packs.budget import token_budget
 from dpo_fast.packs.layout import Group
+from dpo_fast.packs.steps import StepSampler, group_packs
 from dpo_fast.training.ranks import Ranks
 
 
@@ -49,14 +49,15 @@ class Plan:
     @classmethod
     def of(cls, config: DPOConfig, groups: Sequence[Group], held_out: Sequence[Group]) -> Plan:
         """The plan of these settings for these rows."""
-        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        ranks = Ranks.current()
+        rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world_size
         steps_per_epoch = math.ceil(len(groups) / rows_per_step)
         num_steps = math.ceil(config.num_train_epochs * steps_per_epoch) if config.max_steps < 0 else config.max_steps
         placement = Placement.of(config)
         batch_size = config.per_device_train_batch_size
         return cls(
             placement=placement,
-            ranks=Ranks.current(),
+            ranks=ranks,
             num_rows=len(groups),
             num_pairs=sum(len(group.pairs) for group in groups),
             num_held_out_rows=len(held_out),
@@ -70,17 +71,19 @@ class Plan:
         )
 
     def sampler(self, groups: Sequence[Group]) -> StepSampler:
-        """The optimizer steps, from the first one."""
+        """The optimizer steps, from the first one, with this process's packs."""
         return StepSampler(
-            [group.num_tokens for group in groups],
+            groups,
             groups_per_step=self.rows_per_step,
             max_tokens=self.max_tokens,
             seed=self.seed,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.world_size,
         )
 
     def packs(self, groups: Sequence[Group]) -> list[list[int]]:
-        """As few packs as hold these groups, as lists of indices."""
-        return best_fit_decreasing([group.num_tokens for group in groups], self.max_tokens)
+        """This process's packs of these groups, as lists of indices."""
+        return group_packs(groups, num_ranks=self.ranks.world_size, max_tokens=self.max_tokens)[self.ranks.rank]
 
     def __str__(self) -> str:
         return "\n".join(

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dpo_fast.errors import UserError
+
+Thing = TypeVar("Thing")
+# A process that died must not keep the others waiting for long; the slowest thing in between is saving a checkpoint.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,31 @@ class Ranks:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
+    @classmethod
+    def start(cls, device: str) -> Ranks:
+        """Join the processes that a launcher such as torchrun has started with this one; one process without one.
+
+        Args:
+            device: `--device`; a process on a GPU takes the one of its number on its machine.
+
+        Raises:
+            UserError: the machine has fewer GPUs than processes.
+        """
+        if int(os.environ.get("WORLD_SIZE") or 1) == 1 or dist.is_initialized():
+            return cls.current()
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        if on_gpu:
+            if local >= torch.cuda.device_count():
+                raise UserError(
+                    f"--device {device}: process {local} of this machine finds {torch.cuda.device_count()} GPUs; start "
+                    "one process a GPU, or pass --device cpu"
+                )
+            torch.cuda.set_device(local)
+        # Objects and tensors of the host go by gloo, without waiting for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        return cls.current()
+
     @property
     def is_writer(self) -> bool:
         """Whether this process writes files and prints."""
@@ -47,21 +79,27 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag if self.world_size == 1 else bool(self.sum(torch.tensor(int(flag))))
+
+    def gather(self, thing: Thing) -> list[Thing]:
+        """What each process passes, in the order of their numbers."""
+        if self.world_size == 1:
+            return [thing]
+        found: list[Thing | None] = [None] * self.world_size
+        dist.all_gather_object(found, thing)
+        return found  # type: ignore[return-value]
+
+    def first(self, thing: Thing) -> Thing:
+        """What the first process passes."""
+        if self.world_size == 1:
+            return thing
+        things = [thing]
+        dist.broadcast_object_list(things)
+        return things[0]
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.world_size > 1:
             dist.barrier()
-
-
-def refuse_many_processes() -> None:
-    """Under a launcher, each process would train the whole job into one folder.
-
-    Raises:
-        UserError: the environment says that this is one of several processes.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size not in ("", "1"):
-        raise UserError(
-            f"WORLD_SIZE is {world_size}: dpo-fast train is a single process. Start it without torchrun, or train on "
-            "several GPUs with dpo_fast.integrations.trl.DPOTrainer under accelerate launch"
-        )

@@ -72,7 +72,7 @@ def prepare_reference(
     # The packs of the first epoch hold every group that the run will read, in the layout of its first steps: scored in
     # them, the reference equals the untrained policy bit for bit.
     sampler = plan.sampler(groups)
-    first_packs = [packed for step in islice(sampler, min(plan.num_steps, sampler.steps_per_epoch)) for packed in step]
+    first_packs = [packed for step in islice(sampler, min(plan.num_steps, sampler.steps_per_epoch)) for packed in step.packs]
     held_out_packs = [[len(groups) + i for i in packed] for packed in plan.packs(held_out)]
     answers, fingerprint = reference_logps(
         *(config, name, groups + held_out),
