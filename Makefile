@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: test fast lint types aot demo bench
+.PHONY: test fast lint types aot attack demo bench
 
 test:
 	$(PYTHON) -m pytest
@@ -18,6 +18,12 @@ types:
 
 aot:
 	$(PYTHON) benchmarks/aot.py
+
+# Kills, flipped bits and the like at random; docs/reliability.md says what must hold: make attack SEED=1 MINUTES=20
+SEED ?= 1
+MINUTES ?= 1
+attack:
+	$(PYTHON) tests/attack/runner.py --seed $(SEED) --minutes $(MINUTES)
 
 demo:
 	dpo-fast demo

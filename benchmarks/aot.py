@@ -28,7 +28,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_fast.kernels import gather_rows_triton, linear_logprob_gpu, linear_logprob_triton, logprob_triton
+from dpo_fast.kernels import adamw_triton, gather_rows_triton, linear_logprob_gpu, linear_logprob_triton, logprob_triton
+from dpo_fast.kernels.adamw import Hyper, Slot
 from dpo_fast.kernels.gather_rows import RowIndex
 from dpo_fast.kernels.head import Head
 
@@ -47,6 +48,8 @@ TYPES = {
     torch.float64: "fp64",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
 }
 ROWS, VOCAB = 8192, 128_256
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -72,7 +75,9 @@ class Variant:
             parts.append(("fill", "peak", "redo")[constants["MODE"]])
         if "e_ptr" in types:
             parts.append("keep" if "e_ptr" not in constants else "")
-        parts += [key[4:].lower() for key in ("HAS_BIAS", "HAS_CAP") if constants.get(key)]
+        parts += [key[4:].lower() for key in ("HAS_BIAS", "HAS_CAP", "HAS_REMAINDER") if constants.get(key)]
+        if constants.get("ALIGNED") is False:
+            parts.append("unaligned")
         if constants.get("STATS") or types.get("square_ptr", "constexpr") != "constexpr":
             parts.append("stats")
         blocks = [str(constants[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if k in constants]
@@ -138,7 +143,17 @@ def launches(capability: int) -> list[Variant]:
             rows = RowIndex(index, index, torch.empty(ROWS + 1, dtype=torch.int64, device="meta"))
             keys = torch.empty(8, ROWS, 128, dtype=dtype, device="meta").transpose(0, 1)
             gather_rows_triton.backward(gather_rows_triton.forward(keys, rows), rows)
+            step_optimizer(dtype)
     return list(caught.values())
+
+
+def step_optimizer(dtype: torch.dtype) -> None:
+    """Steps of a matrix, of all tensors of a decoder's layer, and of sizes that are not multiples of 16."""
+    factor = torch.empty((), device="meta")
+    hyper = Hyper(1e-6, 0.9, 0.999, 1e-8, 0.0, 1)
+    for shapes in ([(4096, 4096)], [(4096, 4096), (4096,)], [(1031,)], [(1031,), (3,)]):
+        slots = [Slot.zeros(torch.empty(shape, dtype=dtype, device="meta")) for shape in shapes]
+        adamw_triton.step_(slots, [torch.empty_like(slot.weight) for slot in slots], hyper, factor)
 
 
 def heads() -> Iterator[tuple[torch.Tensor, Head]]:

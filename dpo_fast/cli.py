@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import re
@@ -23,11 +22,14 @@ from dpo_fast.config import (
     InspectConfig,
     LabelConfig,
     PairConfig,
+    PlanConfig,
     ReportConfig,
     SampleConfig,
     ScoreConfig,
 )
-from dpo_fast.errors import TrainingError, UserError, WriteError
+from dpo_fast.config_file import check_config_file
+from dpo_fast.errors import STOPPED, TrainingError, UserError, WriteError
+from dpo_fast.option_names import described
 
 RUN_FAILED = 1
 USER_MISTAKE = 2
@@ -35,19 +37,27 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (the run stopped itself) or 2 (a user's mistake)."""
+    """Run one command; returns the exit code.
+
+    0, 1 (the run stopped itself, or a file could not be written), 2 (a user's mistake), 75 (a signal stopped the run,
+    which can be continued) or 130 (interrupted).
+    """
     # These libraries print their own bars and advice; this program has one progress line.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     words = normalize(list(sys.argv[1:] if argv is None else argv))
-    arguments = make_parser(wants_help=not {"-h", "--help"}.isdisjoint(words)).parse_args(words)
-    name = arguments.subcommand
-    settings = arguments[name].as_dict()
-    settings.pop("config", None)
-    command = COMMANDS[name]
+    parser = make_parser(wants_help=not {"-h", "--help"}.isdisjoint(words))
+    if not words:
+        parser.print_help()
+        return 0
+    name = words[0]
     try:
-        command.run(command.config(**settings))
+        if name in COMMANDS:
+            check_config_files(words, COMMANDS[name])
+        settings = parser.parse_args(words)[name].as_dict()
+        settings.pop("config", None)
+        code = COMMANDS[name].run(COMMANDS[name].config(**settings))
     except WriteError as error:
         print(f"dpo-fast {name}: error: {error}", file=sys.stderr)
         return RUN_FAILED
@@ -60,14 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dpo-fast {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return code or 0
 
 
-def run_train(config: DPOConfig) -> None:
+def check_config_files(words: Sequence[str], command: Command) -> None:
+    """Refuse a file of `--config` with a mistake in it; the parser would name the first one, and no file.
+
+    Raises:
+        UserError: it names the file.
+    """
+    known = {field.name for field in dataclasses.fields(command.config)}
+    for word, following in pairwise([*words, "--"]):
+        option, equals, value = word.partition("=")
+        if option == "--config" and (equals or not following.startswith("--")):
+            check_config_file(value if equals else following, known)
+
+
+def run_train(config: DPOConfig) -> int:
     """`dpo-fast train`."""
     from dpo_fast.training.run import train
 
-    train(config)
+    return STOPPED if train(config).stopped else 0
 
 
 def run_score(config: ScoreConfig) -> None:
@@ -131,12 +154,23 @@ def run_demo(config: DemoConfig) -> None:
     run_demo(Path(config.out), quick=config.quick, seed=config.seed)
 
 
+def run_plan(config: PlanConfig) -> None:
+    """`dpo-fast plan`."""
+    from dpo_fast.planning.command import run_plan
+    from dpo_fast.training.optimizers import OPTIMIZERS
+
+    run_plan(config, optimizers=tuple(OPTIMIZERS))
+
+
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its settings, function, help line and usage, and the field that takes a bare first argument."""
+    """A subcommand: its settings, function, help line and usage, and the field that takes a bare first argument.
+
+    The function may return an exit code.
+    """
 
     config: type[Any]
-    run: Callable[[Any], None]
+    run: Callable[[Any], int | None]
     help: str
     usage: str
     positional: str | None = None
@@ -172,6 +206,12 @@ COMMANDS = {
         "rows token by token: as they are trained on, or under policy and reference",
         "--model M --data D [--reference R] [--rows 0-20] [--out F.html]",
     ),
+    "plan": Command(
+        PlanConfig,
+        run_plan,
+        "what fits in memory and how long it takes, before anything is loaded",
+        "--model M [--gpu h100-80] [--gpus K] [--data D] [--json true] [--out F.png]",
+    ),
     "report": Command(ReportConfig, run_report, "write report.html for a run", "DIR [--out F.html]", positional="run"),
 }
 
@@ -181,14 +221,13 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit with code 2."""
-        known = [option for action in self._actions for option in action.option_strings]
+        known = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
         words = _plain_words(message).split()
-        guesses = [
-            near for word in words if word.startswith("--") for near in difflib.get_close_matches(word, known, 1)
-        ]
-        hint = f" (did you mean {guesses[0]}?)" if words[:1] == ["unrecognized"] and guesses else ""
+        names = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
+        if words[:1] == ["unrecognized"] and names:
+            words = ["unknown options:", described([name.replace("-", "_") for name in names], known)]
         prog = self.prog.replace(" [options]", "")
-        print(f"{prog}: error: {' '.join(words)}{hint}\nsee: {prog} --help", file=sys.stderr)
+        print(f"{prog}: error: {' '.join(words)}\nsee: {prog} --help", file=sys.stderr)
         sys.exit(USER_MISTAKE)
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo_fast.ranges import Settings, number
+
 PairChoice = Literal["best_worst", "adjacent", "all"]
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
 TrainOn = Literal["assistant", "last_turn", "all"]
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """Which rows are read and how they become tokens.
 
     Attributes:
@@ -58,7 +60,7 @@ class DataConfig:
     responses_column: str = "responses"
     scores_column: str = "scores"
     pairs: PairChoice = "best_worst"
-    min_score_gap: float = 0.0
+    min_score_gap: float = number(0.0, least=0)
     weight_column: str | None = None
     margin_column: str | None = None
     gold_column: str | None = None
@@ -70,14 +72,14 @@ class DataConfig:
     apply_chat_template: bool | None = None
     train_on: TrainOn = "assistant"
     keep_reasoning: bool = False
-    max_length: int | None = 1024
+    max_length: int | None = number(1024, above=0)
     truncation_mode: TruncationMode = "keep_start"
-    max_rows: int | None = None
+    max_rows: int | None = number(None, above=0)
     strict: bool = False
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """Which model to run, on which device, in which precision.
 
     Attributes:
@@ -94,21 +96,23 @@ class ModelConfig:
         deterministic_attention: on a GPU, sum in a fixed order in attention's backward, so that runs are bit-identical;
             false allows any order.
         reference_store: SQLite file with reference log-probs; null is `reference.sqlite` in the user's cache folder.
+        trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
     """
 
     model: str = ""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16: bool | None = None
-    max_tokens_per_batch: int | None = None
-    head_memory_budget_gib: float = 2.0
+    max_tokens_per_batch: int | None = number(None, above=0)
+    head_memory_budget_gib: float = number(2.0, least=0)
     autotune: bool = True
     deterministic_attention: bool = True
     reference_store: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How to sample answers.
 
     Attributes:
@@ -118,16 +122,18 @@ class SamplingConfig:
         max_new_tokens: maximum tokens of an answer.
         generation_batch_size: answers to generate at once.
         backend: `transformers`, or `vllm` if it is installed.
+        trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
         seed: random seed for sampling; each batch of prompts derives its own seed from it.
     """
 
-    num_samples: int = 8
-    temperature: float | list[float] = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    generation_batch_size: int = 64
+    num_samples: int = number(8, above=0)
+    temperature: float | list[float] = number(1.0, least=0)
+    top_p: float = number(1.0, above=0, most=1)
+    max_new_tokens: int = number(256, above=0)
+    generation_batch_size: int = number(64, above=0)
     backend: Literal["transformers", "vllm"] = "transformers"
-    seed: int = 42
+    trust_remote_code: bool = False
+    seed: int = number(42, least=0, most=2**32 - 1)
 
 
 @dataclass
@@ -140,7 +146,10 @@ class SampleConfig(SamplingConfig):
         out: .jsonl file to write, one row per prompt.
         prompt_column: column of the prompt, a string or messages.
         tools_column: column with the tools to pass to the chat template.
+        system_column: column with the text of the system turn, which becomes part of the prompt; null reads none.
         chat_template: file with a Jinja chat template that replaces the tokenizer's.
+        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": false}`.
+        chat_template_kwargs_column: column with such arguments per row, which win; null reads none.
         apply_chat_template: turn a string prompt into one user turn; null does so if the tokenizer has a chat template.
             The output rows contain the turns, so training does not need this option.
         max_rows: read at most this many rows; null reads all.
@@ -154,16 +163,19 @@ class SampleConfig(SamplingConfig):
     out: str = ""
     prompt_column: str = "prompt"
     tools_column: str = "tools"
+    system_column: str | None = "system"
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs_column: str | None = "chat_template_kwargs"
     apply_chat_template: bool | None = None
-    max_rows: int | None = None
+    max_rows: int | None = number(None, above=0)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     overwrite: bool = False
 
 
 @dataclass
-class SignalConfig:
+class SignalConfig(Settings):
     """Which signals judge an answer, and the limits of a checker.
 
     Attributes:
@@ -177,18 +189,20 @@ class SignalConfig:
         process_limit: number of processes that a command may run at once.
         num_workers: answers to judge at once; null is one per processor.
         judge_batch_size: texts per batch of a reward model or judge.
+        trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
     """
 
     signals: str | list[str] = ""
     signal_weights: list[float] | None = None
     allow_commands: bool = False
-    timeout: float = 10.0
-    memory_limit_mib: int = 1024
-    file_limit_mib: int = 64
-    output_limit_kib: int = 1024
-    process_limit: int = 64
-    num_workers: int | None = None
-    judge_batch_size: int = 16
+    timeout: float = number(10.0, above=0, most=1e6)
+    memory_limit_mib: int = number(1024, above=0)
+    file_limit_mib: int = number(64, above=0)
+    output_limit_kib: int = number(1024, above=0)
+    process_limit: int = number(64, above=0)
+    num_workers: int | None = number(None, least=1, most=1024)
+    judge_batch_size: int = number(16, above=0)
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -200,6 +214,7 @@ class LabelConfig(SignalConfig):
         out: .jsonl file to write: the same rows with `scores`, `signals` and `signal_errors`.
         prompt_column: column of the prompt.
         responses_column: column with the list of answers.
+        system_column: column with the text of the system turn, which is shown by hand; null reads none.
         max_rows: read at most this many rows; null reads all.
         device: where reward models and judges run; `auto` is CUDA if there is a GPU, otherwise the CPU.
         by_hand: judge by hand, on a web page that only this machine can open.
@@ -215,19 +230,20 @@ class LabelConfig(SignalConfig):
     out: str = ""
     prompt_column: str = "prompt"
     responses_column: str = "responses"
-    max_rows: int | None = None
+    system_column: str | None = "system"
+    max_rows: int | None = number(None, above=0)
     device: str = "auto"
     by_hand: bool = False
     terminal: bool = False
-    port: int = 0
+    port: int = number(0, least=0, most=65535)
     pairs: Literal["first_two", "adjacent", "all"] = "first_two"
-    repeat_share: float = 0.1
-    seed: int = 42
+    repeat_share: float = number(0.1, least=0, most=1)
+    seed: int = number(42, least=0, most=2**32 - 1)
     overwrite: bool = False
 
 
 @dataclass
-class PairConfig:
+class PairConfig(Settings):
     """Settings of `dpo-fast pair`.
 
     Attributes:
@@ -238,6 +254,9 @@ class PairConfig:
         prompt_column: column of the prompt.
         responses_column: column with the list of answers.
         scores_column: column with a list of scores, one per answer; answers without a score (null) are left out.
+        tools_column: column with the tools for the chat template; like the next two, it is kept.
+        system_column: column with the text of the system turn; null keeps none.
+        chat_template_kwargs_column: column with arguments of the chat template; null keeps none.
         pairs: which answers to compare: `best_worst` the best with the worst, `adjacent` each with the next worse one,
             `all` every two.
         min_score_gap: do not compare answers whose scores differ by less; equal scores are never compared.
@@ -254,22 +273,25 @@ class PairConfig:
     data: str = ""
     out: str = ""
     eval_out: str | None = None
-    eval_split: float = 0.0
+    eval_split: float = number(0.0, least=0, below=1)
     prompt_column: str = "prompt"
     responses_column: str = "responses"
     scores_column: str = "scores"
+    tools_column: str = "tools"
+    system_column: str | None = "system"
+    chat_template_kwargs_column: str | None = "chat_template_kwargs"
     pairs: PairChoice = "best_worst"
-    min_score_gap: float = 0.0
-    pairs_per_prompt: int | None = None
+    min_score_gap: float = number(0.0, least=0)
+    pairs_per_prompt: int | None = number(None, above=0)
     truncated: Literal["never_chosen", "drop", "keep"] = "never_chosen"
     balance_length: bool = False
-    max_rows: int | None = None
-    seed: int = 42
+    max_rows: int | None = number(None, above=0)
+    seed: int = number(42, least=0, most=2**32 - 1)
     overwrite: bool = False
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Settings):
     """Settings of `dpo-fast demo`.
 
     Attributes:
@@ -280,7 +302,7 @@ class DemoConfig:
 
     out: str = "demo"
     quick: bool = False
-    seed: int = 0
+    seed: int = number(0, least=0, most=2**32 - 1)
 
 
 @dataclass
@@ -309,7 +331,7 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
     """
 
     reference: str = ""
-    beta: float = 0.1
+    beta: float = number(0.1, above=0)
     prompts: str | None = None
     plain_prompts: bool = False
     out: str | None = None
@@ -328,12 +350,12 @@ class InspectConfig(ModelConfig, DataConfig):
 
     reference: str = ""
     rows: list[int] | str | None = None
-    beta: float = 0.1
+    beta: float = number(0.1, above=0)
     out: str | None = None
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(Settings):
     """Settings of `dpo-fast report`.
 
     Attributes:
@@ -346,7 +368,7 @@ class ReportConfig:
 
 
 @dataclass
-class LossConfig:
+class LossConfig(Settings):
     """Which loss to train with.
 
     Attributes:
@@ -372,11 +394,11 @@ class LossConfig:
 
     loss_type: str | list[str] = "sigmoid"
     loss_weights: list[float] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    beta: float = number(0.1, above=0)
+    label_smoothing: float = number(0.0, least=0, below=1)
     f_divergence_type: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
+    discopop_tau: float = number(0.05, above=0)
     dpop_lambda: float = 50.0
     simpo_gamma: float = 0.5
     alphapo_alpha: float = 0.25
@@ -384,7 +406,7 @@ class LossConfig:
     score_scale: float = 1.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
-    ld_alpha: float | None = None
+    ld_alpha: float | None = number(None, least=0, most=1)
     use_weighting: bool = False
 
 
@@ -405,12 +427,14 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         learning_rate: peak learning rate.
         lr_scheduler_type: name of a transformers schedule (`linear`, `cosine`, `constant_with_warmup`, ...).
         warmup_steps: warm-up steps; a value below 1 is a share of all steps.
-        optim: name of the optimizer.
+        optim: name of the optimizer; `auto` is `adamw_8bit_fused` for bfloat16 weights on a GPU, else `adamw_torch`.
         adam_beta1: Adam's first decay.
         adam_beta2: Adam's second decay.
         adam_epsilon: Adam's epsilon.
         weight_decay: weight decay of matrices; biases and norms have none.
         max_grad_norm: clip the gradient to this norm; 0 does not clip.
+        gradient_release: step each weight during the backward and free its gradient; needs `adamw_8bit_fused`, no
+            clipping, and one pack per step.
         per_device_train_batch_size: rows per micro-batch, each with one or more pairs (see `pairs`).
         gradient_accumulation_steps: micro-batches per optimizer step; the loss is the mean over all its pairs.
         num_train_epochs: passes over the rows, if `max_steps` is not given.
@@ -419,9 +443,16 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         static_shapes: pad every pack to `max_tokens_per_batch`, so that compiled layers see a single size.
         gradient_checkpointing: recompute each layer's activations in the backward.
         activation_checkpointing: transformers' newer name for `gradient_checkpointing`; takes precedence if given.
+        checkpointing_policy: which activations to recompute in the backward: `full` all of each layer's, `selective`
+            those that are cheap, keeping the results of products and attention, `none` none. Null is `full` with
+            `gradient_checkpointing`; otherwise none, or what it takes to fit in memory.
+        activation_offloading: keep what `full` keeps, the input of each layer, in the host's memory.
         logging_steps: write metrics every this many steps.
         save_steps: write a checkpoint every this many steps; 0 only writes the final model.
         save_total_limit: number of checkpoints to keep; null keeps all.
+        save_dtype: dtype of the weights in `final/`; `auto` takes that of the model that training started from if at
+            least 99% of the weights that changed still differ in it, else the one that was trained in. Checkpoints keep
+            the latter.
         resume: `auto` resumes from the newest complete checkpoint in `output_dir`; a folder resumes from that one.
         overwrite: start over in an `output_dir` that already holds a run.
         seed: random seed for row order and dropout.
@@ -431,37 +462,64 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     output_dir: str = "runs/dpo"
     ref_model: str | None = None
     sync_ref_model: bool = False
-    ref_model_sync_steps: int = 512
-    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = number(512, above=0)
+    ref_model_mixup_alpha: float = number(0.6, above=0, most=1)
     eval_data: str | None = None
-    eval_split: float = 0.0
-    eval_steps: int | None = None
-    learning_rate: float = 1e-6
+    eval_split: float = number(0.0, least=0, below=1)
+    eval_steps: int | None = number(None, least=0)
+    learning_rate: float = number(1e-6, least=0)
     lr_scheduler_type: str = "linear"
-    warmup_steps: float = 0
-    optim: str = "adamw_torch"
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: float = 3.0
-    max_steps: int = -1
+    warmup_steps: float = number(0, least=0)
+    optim: str = "auto"
+    adam_beta1: float = number(0.9, least=0, below=1)
+    adam_beta2: float = number(0.999, least=0, below=1)
+    adam_epsilon: float = number(1e-8, above=0)
+    weight_decay: float = number(0.0, least=0)
+    max_grad_norm: float = number(1.0, least=0)
+    gradient_release: bool = False
+    per_device_train_batch_size: int = number(8, above=0)
+    gradient_accumulation_steps: int = number(1, above=0)
+    num_train_epochs: float = number(3.0, least=0)
+    max_steps: int = number(-1, least=-1)
     torch_compile: bool = False
     static_shapes: bool = False
     gradient_checkpointing: bool = False
     activation_checkpointing: bool | None = None
-    logging_steps: int = 10
-    save_steps: int = 500
-    save_total_limit: int | None = None
+    checkpointing_policy: Literal["none", "selective", "full"] | None = None
+    activation_offloading: bool = False
+    logging_steps: int = number(10, above=0)
+    save_steps: int = number(500, least=0)
+    save_total_limit: int | None = number(None, above=0)
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     resume: str | None = None
     overwrite: bool = False
-    seed: int = 42
+    seed: int = number(42, least=0, most=2**32 - 1)
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         """Fold the two names into one, so that saved settings hold one value."""
+        super().__post_init__()
         if self.activation_checkpointing is not None:
             self.gradient_checkpointing, self.activation_checkpointing = self.activation_checkpointing, None
+
+
+@dataclass
+class PlanConfig(DPOConfig):
+    """Settings of `dpo-fast plan`: those of `DPOConfig`, plus the following.
+
+    Attributes:
+        model: checkpoint folder, Hub name, .gguf file, or a shape that is built in, such as `llama-3-8b`.
+        gpu: card to plan for, such as `h100-80`, or `cpu`; null is what is here.
+        gpus: how many of them.
+        peft: plan for an adapter: `lora` on bf16 weights, `qlora` on 4-bit ones.
+        lora_r: rank of the adapter.
+        json: print the plan as JSON.
+        out: .png, .svg or .pdf file to draw it to.
+    """
+
+    gpu: str | None = None
+    gpus: int = number(1, above=0, most=65536)
+    peft: Literal["none", "lora", "qlora"] = "none"
+    lora_r: int = number(16, above=0)
+    json: bool = False
+    out: str | None = None

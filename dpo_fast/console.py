@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -15,16 +16,28 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Control characters (C1 included, since some terminals obey it) and the two that reorder letters. Unicode's pictures of
-# them would be shorter, but many fonts lack them.
-_CODES = [*range(0x20), *range(0x7F, 0xA0)]
-_VISIBLE = {code: f"\\x{code:02x}" for code in _CODES if chr(code) not in "\n\t"}
-_VISIBLE |= {code: f"\\u{code:04x}" for code in (0x202D, 0x202E)}
+# What acts on a terminal: control characters (C1 included, since some obey it) and the two that reorder letters.
+_ACTIVE = {*map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x202D, 0x202E])} - {"\n", "\t"}
 
 
-def visible(text: str) -> str:
-    """The text with control characters as readable escapes such as `\\x1b`; newlines and tabs stay."""
-    return text.replace("\r\n", "\n").translate(_VISIBLE)
+def visible(text: str, *, strict: bool = False) -> str:
+    """The text with control characters as readable escapes such as `\\x1b`; newlines and tabs stay.
+
+    Unicode's pictures of control characters would be shorter, but many fonts lack them.
+
+    Args:
+        text: any text.
+        strict: also escape all else that does not show, such as joiners, no-break spaces and carriage returns before a
+            newline. It takes emoji and scripts apart, so it suits a view of tokens, not of texts to read.
+    """
+    if strict:
+        return "".join(c if c.isprintable() or c in "\n\t" else _escape(c) for c in text)
+    return "".join(_escape(c) if c in _ACTIVE else c for c in text.replace("\r\n", "\n"))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def say(console: Console, text: str, *, style: str | None = None) -> None:
@@ -52,20 +65,31 @@ def format_metrics(metrics: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
+# Between two lines of progress where there is no terminal.
+LINE_SECONDS = 10.0
+
+
 class ProgressLine:
     """One task's bar; see `progress_line`."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.task_ids[0]
+        self._said = time.monotonic()
 
     def start(self, total: int) -> None:
         """Set the number of items, where it was not known before."""
         self._progress.update(self._task, total=total)
 
     def advance(self, amount: int = 1) -> None:
-        """Move on by `amount`."""
+        """Move on by `amount`; without a terminal, a line every `LINE_SECONDS` shows that there is progress."""
         self._progress.advance(self._task, amount)
+        console, now = self._progress.console, time.monotonic()
+        if not console.is_terminal and now - self._said >= LINE_SECONDS:
+            self._said = now
+            task = self._progress.tasks[0]
+            total = "" if task.total is None else f" of {task.total:g}"
+            say(console, f"{task.description}: {task.completed:g}{total}")
 
     def report(self, label: str, metrics: dict[str, float]) -> None:
         """Show figures next to the bar, or print them as a line if there is no terminal."""

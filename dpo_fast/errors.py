@@ -1,5 +1,8 @@
 """What ends a command with one clear line instead of a traceback."""
 
+# Exit code of a command that a signal stopped and that goes on when it is run again: sysexits' EX_TEMPFAIL.
+STOPPED = 75
+
 
 class UserError(ValueError):
     """A mistake in the input or the settings: one clear message, exit code 2, no traceback."""

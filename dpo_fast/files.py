@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import re
 import resource
 import shutil
@@ -20,12 +21,13 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from dpo_fast.errors import WriteError
+from dpo_fast.errors import UserError, WriteError
 
 logger = logging.getLogger("dpo_fast")
 
@@ -38,19 +40,24 @@ _REPLACED = ".dpo-fast-replaced-"
 _LEFTOVER = re.compile(rf"({re.escape(_STAGING)}|{re.escape(_TRASH)})[0-9a-f]{{32}}")
 
 
-def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> Path:
+def write_folder_atomically(path: Path, write: Callable[[Path], None], *, needed: int | None = None) -> Path:
     """Make the folder `path` out of what `write` puts into a staging folder; an older one is replaced.
+
+    Args:
+        path: the folder.
+        write: fills the folder that it is given.
+        needed: bytes that it takes, for the message if there is no room.
 
     Raises:
         WriteError: the folder cannot be written; an older one stays.
     """
-    with _writing(path):
+    with _writing(path, needed=needed):
         _publish(path, write, {})
     return path
 
 
-def write_file_atomically(path: Path, text: str) -> None:
-    """Write a text file that is never seen half written.
+def write_file_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is never seen half written.
 
     Raises:
         WriteError: the file cannot be written; an older one stays.
@@ -58,7 +65,7 @@ def write_file_atomically(path: Path, text: str) -> None:
     with _writing(path):
         staging = path.with_name(f"{_STAGING}{uuid.uuid4().hex}")
         try:
-            _write_synced(staging, text)
+            _write_synced(staging, content)
             staging.rename(path)
         except BaseException:
             staging.unlink(missing_ok=True)
@@ -84,6 +91,59 @@ def verify_folder(path: Path) -> list[str]:
 
 
 @contextmanager
+def hold(path: Path, what: str) -> Iterator[None]:
+    """Let one process at a time into the block.
+
+    The kernel drops the lock when its holder dies; a lock file that was left behind holds nothing.
+
+    Args:
+        path: the lock file; its folder exists. It names its holder and is removed at the end.
+        what: the thing that is held, for the message.
+
+    Raises:
+        UserError: another process is inside; the message names it.
+        WriteError: the lock file cannot be made.
+    """
+    with write_errors(path):
+        descriptor = _open_lock(path, what)
+    try:
+        with write_errors(path):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        yield
+    finally:
+        # Whoever opened the file before it goes will find that it is gone, and make another.
+        if _is_same_file(path, descriptor):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _open_lock(path: Path, what: str) -> int:
+    """A descriptor of the lock file that is locked, and still at `path`."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise UserError(f"{what} is in use by {holder}: wait for it to end, or stop it") from error
+        except OSError as error:
+            # Some network file systems have no locks; one process at a time is then up to the user.
+            logger.debug("no lock on %s: %s", path, error)
+        if _is_same_file(path, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
 def write_errors(path: Path, *, needed: int | None = None, cure: str = "") -> Iterator[None]:
     """Turn a failed write of `path` into one line.
 
@@ -102,7 +162,7 @@ def write_errors(path: Path, *, needed: int | None = None, cure: str = "") -> It
     except Exception as error:
         if (reason := _write_failure(error)) is None:
             raise
-        room = f"{path} cannot be written: {reason}{_space(path, needed)}"
+        room = f"{path} cannot be written: {reason} ({space(path, needed)})"
         raise WriteError(f"{room}. Free disk space or choose another folder{cure and f'; {cure}'}") from error
 
 
@@ -125,7 +185,7 @@ def _write_failure(error: BaseException) -> str | None:
     return None
 
 
-def _space(path: Path, needed: int | None) -> str:
+def space(path: Path, needed: int | None = None) -> str:
     """The bytes needed and free, and the limit on the size of a file if there is one."""
     folder = next(folder for folder in [path, *path.absolute().parents] if folder.is_dir())
     facts = [f"{shutil.disk_usage(folder).free:,} bytes free"]
@@ -133,7 +193,7 @@ def _space(path: Path, needed: int | None) -> str:
         facts.insert(0, f"{needed:,} bytes needed")
     if (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) != resource.RLIM_INFINITY:
         facts.append(f"files limited to {limit:,} bytes")
-    return f" ({', '.join(facts)})"
+    return ", ".join(facts)
 
 
 @contextmanager
@@ -184,7 +244,7 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
         # Libraries write weights as 0600, which another user's server could not read.
         file.chmod(0o644)
         _sync(file)
-        files[str(file.relative_to(folder))] = {"size": file.stat().st_size, "xxh3_128": _digest(file)}
+        files[str(file.relative_to(folder))] = {"size": file.stat().st_size, "xxh3_128": digest_of(file)}
     _write_synced(folder / MANIFEST, json.dumps(facts | {"files": files}, indent=1) + "\n")
     for inner in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
         inner.chmod(0o755)
@@ -198,7 +258,7 @@ def _file_problem(file: Path, size: int, digest: str) -> str:
             return "missing"
         if (found := file.stat().st_size) != size:
             return f"{found} bytes, expected {size}"
-        return "" if _digest(file) == digest else "its contents changed after it was saved"
+        return "" if digest_of(file) == digest else "its contents changed after it was saved"
     except OSError as error:
         return f"cannot be read ({error})"
 
@@ -227,16 +287,14 @@ def _remove(path: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
+def digest_of(file: Path) -> str:
+    """xxh3_128 of a file's contents."""
     with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text)
+def _write_synced(path: Path, content: str | bytes) -> None:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     path.chmod(0o644)
     _sync(path)
 

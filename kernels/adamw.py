@@ -29,6 +29,7 @@ import math
 from collections.abc import Iterator, Sequence
 from ctypes import c_float
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ FP32_FRACTION = 23
 # Over 2^32, per element and per step: the plastic number's fractions, whose sequence in two dimensions is even.
 ELEMENT_STRIDE = 1_052_792_407
 STEP_STRIDE = 2_447_445_413
-# The CPU takes this many elements at a time, which bounds its temporary memory.
-CPU_CHUNK = 1 << 20
+# The CPU takes this many elements at a time, so that temporary tensors stay in its cache.
+CPU_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -255,37 +256,40 @@ def _step_on_cpu(slot: Slot, grad: Tensor, hyper: Hyper, factor: Tensor | None) 
         first, second = exponents.int().split(1, 1)
         m, v = _unpack(_blocks(moments).int(), first, second)
         m = _fma(m, beta1, g * (other1 * factor))
-        root = g * (other2 * factor)
-        v = _fma(root, root, v * beta2)
+        root = (g * (other2 * factor)).double()
+        # As an fma on the GPU: in fp64 the square of an fp32 number is exact.
+        v = v.mul_(beta2).double().addcmul_(root, root).float()
         # No smaller than v's first code: m would be divided by eps alone where v was rounded to zero.
         smallest = ((second - SECOND.fraction).clamp(min=1) << FP32_FRACTION).view(torch.float32)
-        reciprocal = _fma(_sqrt(v.maximum(smallest)), second_scale, eps).rsqrt()
-        w = _fma(_blocks(join_weight(weight, remainder)), decay, -(m * reciprocal * reciprocal * step_size))
-        noise = torch.arange(start, start + m.numel()).view(m.shape) * ELEMENT_STRIDE + seed & 0xFFFFFFFF
-        high = (noise >> 9).int()
+        # PyTorch's fp32 square root is not rounded to nearest on every CPU.
+        root = v.maximum(smallest).double().sqrt_().float()
+        reciprocal = root.double().mul_(second_scale).add_(eps).float().rsqrt_()
+        update = (m * reciprocal).mul_(reciprocal).mul_(-step_size)
+        w = _fma(_blocks(join_weight(weight, remainder)), decay, update).flatten()[:size]
+        noise = _element_noise(m.numel()).view(m.shape) + (start * ELEMENT_STRIDE + seed + 2**31) % 2**32 - 2**31
+        high = noise >> 9 & 0x7FFFFF
         first = FIRST.exponents(m.abs().amax(1, keepdim=True))
         second = SECOND.exponents(v.amax(1, keepdim=True))
         codes = _pack(m, v, first, second, (high >> FIRST.fraction, high >> SECOND.fraction))
         moments.copy_(codes.flatten()[:size])
         exponents.copy_(torch.cat([first, second], 1))
-        w = w.flatten()[:size]
         if remainder is None:
             weight.copy_(w)
         else:
-            new, rest = split_weight(w, (noise & 0xFF).int().flatten()[:size])
+            new, rest = split_weight(w, noise.flatten()[:size] & 0xFF)
             weight.copy_(new)
             remainder.copy_(rest)
 
 
-def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+def _fma(a: Tensor, b: float, c: Tensor) -> Tensor:
     """a · b + c, rounded once, as the GPU does: the product of fp32 numbers is exact in fp64."""
-    b, c = (x.double() if isinstance(x, Tensor) else x for x in (b, c))
-    return (a.double() * b + c).float()
+    return c.double().add_(a.double(), alpha=b).float()
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """Rounded to nearest, which PyTorch's fp32 square root is not on every CPU."""
-    return x.double().sqrt().float()
+@lru_cache(maxsize=8)
+def _element_noise(num: int) -> Tensor:
+    """int32 multiples of `ELEMENT_STRIDE`, modulo 2^32."""
+    return (torch.arange(num) * ELEMENT_STRIDE).to(torch.int32)
 
 
 def _chunks(slot: Slot, grad: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
@@ -301,7 +305,7 @@ def _chunks(slot: Slot, grad: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Ten
 
 def _blocks(x: Tensor) -> Tensor:
     """(blocks, 256), the last one filled up with zeros."""
-    return torch.nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    return torch.nn.functional.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-(-x.numel() // BLOCK), BLOCK)
 
 
 def _pack(m: Tensor, v: Tensor, first: Tensor, second: Tensor, thresholds: tuple[Tensor | int, Tensor | int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 from oracle import save_tiny_checkpoint
+from small_runs import write_rows
 
 from dpo_fast.config import DPOConfig
 
@@ -30,3 +31,15 @@ def make_config(base, tmp_path):
         return DPOConfig(**settings | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """File of 14 rows."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture
+def config(make_config, rows):
+    """Settings of a run of six steps; a test adds what it is about."""
+    return lambda **changes: make_config(**{"data": rows, "max_steps": 6} | changes)

@@ -44,3 +44,21 @@ def test_control_characters_become_escapes_and_nothing_else_changes():
     assert visible("a\tb\r\nc\rd\x00\x1b[2J\x7f\x9b1m\u202e") == "a\tb\nc" + r"\x0dd\x00\x1b[2J\x7f\x9b1m\u202e"
     harmless = "<b>שלום</b> مرحبا 👩‍🚀 \u200f \u00a0 ␛"
     assert visible(harmless) == harmless
+
+
+def test_strictly_all_that_does_not_show_becomes_an_escape():
+    assert visible("a\tb\r\n\x1b\u202e", strict=True) == "a\tb" + r"\x0d" + "\n" + r"\x1b\u202e"
+    assert visible("👩‍🚀\u200f\u00a0\ud800\U000e0001", strict=True) == r"👩\u200d🚀\u200f\xa0\ud800\ue0001"
+    readable = "<b>שלום</b> 日本語 naïve ␛"
+    assert visible(readable, strict=True) == readable
+
+
+def test_without_a_terminal_there_is_a_line_every_ten_seconds(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("dpo_fast.console.time.monotonic", lambda: now[0])
+    output = io.StringIO()
+    with progress_line(Console(file=output, width=80), "reference", 30) as line:
+        for _ in range(25):
+            now[0] += 1
+            line.advance()
+    assert output.getvalue().splitlines() == ["reference: 10 of 30", "reference: 20 of 30"]

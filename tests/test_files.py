@@ -1,15 +1,17 @@
-"""Writes that fail: one line with the path, the reason and the room, whatever library was writing."""
+"""Writes that fail: one line with the path, the reason and the room, whatever library was writing. Locks."""
 
 import resource
 import signal
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_fast.errors import WriteError
-from dpo_fast.files import write_errors, write_folder_atomically
+from dpo_fast.errors import UserError, WriteError
+from dpo_fast.files import hold, write_errors, write_folder_atomically
 
 LIMIT = 100_000
 
@@ -64,3 +66,55 @@ def test_other_errors_pass_unchanged(tmp_path, error):
     with pytest.raises(type(error)) as raised, write_errors(tmp_path / "file"):
         raise error
     assert raised.value is error
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from dpo_fast.files import hold
+with hold(Path(sys.argv[1]), "the folder"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_holder(path):
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
+    path = tmp_path / "lock"
+    with start_holder(path) as holder:
+        with (
+            pytest.raises(UserError, match=f"the folder is in use by process {holder.pid} on "),
+            hold(path, "the folder"),
+        ):
+            pass
+        holder.kill()
+    assert path.exists()
+    with hold(path, "the folder"):
+        pass
+    assert not path.exists()
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_not_taken(tmp_path, monkeypatch):
+    """The second process opened the file just before its holder removed it: its lock would exclude nobody."""
+    import dpo_fast.files
+
+    path, opened = tmp_path / "lock", []
+    flock = dpo_fast.files.fcntl.flock
+
+    def holder_leaves_first(descriptor, operation):
+        if not opened:
+            path.unlink()
+        opened.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(dpo_fast.files.fcntl, "flock", holder_leaves_first)
+    with hold(path, "the folder"):
+        assert len(opened) == 2
+        with pytest.raises(UserError, match="in use"), hold(path, "the folder"):
+            pass

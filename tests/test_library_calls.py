@@ -26,6 +26,7 @@ WITHOUT_SIGNATURE = {
     "torch.get_num_threads",
     "torch.is_autocast_enabled",
     "torch.is_grad_enabled",
+    "torch.set_num_threads",
     "transformers.PreTrainedTokenizerFast",
     "transformers.loss.loss_utils.LOSS_MAPPING.items",
     "transformers.loss.loss_utils.LOSS_MAPPING.update",

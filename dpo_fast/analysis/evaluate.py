@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,22 @@ from dpo_fast.config import EvalConfig, LabelConfig, SampleConfig, SignalConfig
 from dpo_fast.console import say
 from dpo_fast.curate.generate import UNRANKED
 from dpo_fast.curate.label import label_rows
-from dpo_fast.curate.rows import Row, read_objects, write_rows
-from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows
-from dpo_fast.data.formats import template_kwargs
+from dpo_fast.curate.rows import Row, hold_output, read_objects, write_rows
+from dpo_fast.curate.sample import RESPONSES, SAMPLES, answer_rows, prompt_ids
+from dpo_fast.curate.stopping import exit_on_signals
 from dpo_fast.data.load import load_groups
 from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
-from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.load import tokenizer_of
+from dpo_fast.model.placement import pick_device
+from dpo_fast.model.source import find
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
 
 
+@exit_on_signals(resumable=False)
 def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str, Any]:
     """Compare `config.model` with `config.reference`.
 
@@ -50,12 +54,18 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     """
     console = console or Console()
     out = _check(config)
+    with hold_output(out) if out is not None else nullcontext():
+        return _evaluate(config, out, console)
+
+
+def _evaluate(config: EvalConfig, out: Path | None, console: Console) -> dict[str, Any]:
     figures: dict[str, Any] = {"model": config.model, "reference": config.reference, "beta": config.beta}
+    prompts = read_objects(config.prompts, config.max_rows, console) if config.prompts else []
     if config.data:
         figures["pairs"] = _on_pairs(config, console)
         console.print(pairs_table(figures["pairs"]))
     if config.prompts:
-        rows = write_and_judge(config, console)
+        rows = write_and_judge(prompts, config, console)
         figures["answers"] = answer_figures(*rows)
         if config.temperature == 1 and config.top_p == 1:
             figures["answers"]["kl"] = _kl(rows[0], config, console)
@@ -78,6 +88,9 @@ def _check(config: EvalConfig) -> Path | None:
         raise UserError("--prompts: nothing judges the answers; name a signal with --signals")
     if config.signals and not config.prompts:
         raise UserError("--signals: there are no answers to judge; pass --prompts with the prompts to answer")
+    find(config.model)
+    find(config.reference, option="--reference")
+    pick_device(config.device)
     if config.out is not None and Path(config.out).suffix != ".json":
         raise UserError(f"--out {config.out}: expected a file that ends in .json")
     return None if config.out is None else Path(config.out)
@@ -85,7 +98,7 @@ def _check(config: EvalConfig) -> Path | None:
 
 def _on_pairs(config: EvalConfig, console: Console) -> dict[str, Any]:
     """Read the pairs, score them with both models through the store, compare."""
-    groups, report = load_groups(config, load_tokenizer(config.model, config.chat_template))
+    groups, report = load_groups(config, tokenizer_of(config))
     say(console, report.render())
     # The reference first: if training used this store, its scores are cached and the model is never loaded.
     reference, _ = reference_logps(config, config.reference, groups, console=console)
@@ -103,10 +116,8 @@ def _pair_sums(answers: AnswerLogps, pairs: Sequence[tuple[int, int]]) -> np.nda
     return sums[np.array(pairs)]
 
 
-def write_and_judge(config: EvalConfig, console: Console) -> tuple[list[Row], list[Row]]:
-    """The prompts with the model's and with the reference's answers, judged; both use the same seeds."""
-    assert config.prompts is not None
-    rows = read_objects(config.prompts, config.max_rows, console)
+def write_and_judge(rows: list[Row], config: EvalConfig, console: Console) -> tuple[list[Row], list[Row]]:
+    """Prompts with the model's and with the reference's answers, judged; both use the same seeds."""
     common = {field.name for field in fields(SampleConfig)} & {field.name for field in fields(EvalConfig)}
     shared = {name: getattr(config, name) for name in common - {"model", "data", "out", "apply_chat_template"}}
     written = []
@@ -139,14 +150,11 @@ def judge(model: list[Row], reference: list[Row], config: EvalConfig, console: C
 
 def _kl(rows: list[Row], config: EvalConfig, console: Console) -> dict[str, float]:
     """KL(model || reference) in nats per answer: the mean log-ratio of the model's samples, with an interval."""
-    tokenize = PairTokenizer(load_tokenizer(config.model, config.chat_template))
+    tokenize = PairTokenizer(tokenizer_of(config))
     groups = [
         Group(
             number,
-            np.array(
-                tokenize.prompt_ids(row[config.prompt_column], row.get(config.tools_column), template_kwargs(row)),
-                dtype=np.int32,
-            ),
+            np.array(prompt_ids(row, row[config.prompt_column], tokenize, config), dtype=np.int32),
             tuple(np.array(how["ids"], dtype=np.int32) for how in row[SAMPLES]),
             UNRANKED,
         )

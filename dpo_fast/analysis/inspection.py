@@ -22,7 +22,8 @@ from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
-from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.load import tokenizer_of
+from dpo_fast.model.placement import pick_device
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
@@ -45,7 +46,8 @@ def inspect_rows(config: InspectConfig, *, console: Console | None = None) -> li
     if not config.reference:
         raise UserError("no reference given: pass --reference with the model that training started from")
     check_settings(config)
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    pick_device(config.device)
+    tokenizer = tokenizer_of(config)
     groups, report = load_groups(config, tokenizer)
     say(console, report.render())
     groups = _wanted(groups, parse_rows(config.rows), config)

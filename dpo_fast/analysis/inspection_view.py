@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dpo_fast.analysis.pages import render
 from dpo_fast.analysis.token_views import AnswerView, RowView, TokenView, probability
+from dpo_fast.console import visible
 
 MOST_MOVED = 5
 # Blue for gained and orange for lost: told apart by colour-blind readers, too. Three strengths each.
@@ -22,7 +23,6 @@ _STYLES = {
     3: ("bold underline blue", "", "bold underline dark_orange"),
 }
 _SIGNS = ("⁻", "", "⁺")
-_WHITESPACE = str.maketrans({"\t": "⇥\t", "\r": "␍"})
 
 
 def strength(token: TokenView, scale: float) -> float:
@@ -30,19 +30,15 @@ def strength(token: TokenView, scale: float) -> float:
     return max(-1.0, min(1.0, token.log_ratio / scale))
 
 
-def visible(text: str) -> str:
-    """Text with its control characters shown, so that none of them acts on a terminal or hides."""
-    shown = text.translate(_WHITESPACE)
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
-        for c in shown
-    )
+def token_text(text: str) -> str:
+    """Text of tokens with all that does not show as escapes, and tabs marked."""
+    return visible(text, strict=True).replace("\t", "⇥\t")
 
 
 def print_row(view: RowView, console: Console) -> None:
     """Answers in colour (or with signs where there is none), and the figures below."""
     console.print(Text(f"\nrow {view.row}", style="bold"))
-    console.print(Text(visible(view.prompt), style="dim"))
+    console.print(Text(token_text(view.prompt), style="dim"))
     for answer in view.answers:
         console.print(Text.assemble((f"\n{answer.name}", "bold"), f"  {_summary(answer)}"), soft_wrap=True)
         console.print(coloured(answer, view.scale, signs=console.no_color or console.color_system is None))
@@ -56,13 +52,13 @@ def print_row(view: RowView, console: Console) -> None:
 
 def coloured(answer: AnswerView, scale: float, *, signs: bool) -> Text:
     """The answer's text; a token's colour, or number of signs, is its log-ratio."""
-    text = Text(visible(answer.unscored))
+    text = Text(token_text(answer.unscored))
     for token in answer.tokens:
         value = strength(token, scale)
         level, side = math.ceil(3 * abs(value)), (value > 0) - (value < 0)
         mark = _SIGNS[side + 1] * (level - 1) if signs and level > 1 else ""
-        text.append(visible(token.text) + mark, style=_STYLES[level][1 - side] if level and not signs else "")
-        text.append(visible(token.context), style="dim")
+        text.append(token_text(token.text) + mark, style=_STYLES[level][1 - side] if level and not signs else "")
+        text.append(token_text(token.context), style="dim")
     return text
 
 
@@ -74,7 +70,7 @@ def _summary(answer: AnswerView) -> str:
 
 
 def _moved(answer: AnswerView, places: Sequence[int]) -> str:
-    texts = [visible(answer.tokens[i].text) or "part of a character" for i in places]
+    texts = [token_text(answer.tokens[i].text) or "part of a character" for i in places]
     return ", ".join(f"{text!r} {answer.tokens[i].log_ratio:+.2f}" for i, text in zip(places, texts, strict=True))
 
 
@@ -100,7 +96,7 @@ def render_page(views: Sequence[RowView], *, model: str, reference: str, data: s
             "view": view,
             "scale": view.scale,
             "answers": [_page_answer(answer, view.scale) for answer in view.answers],
-            "prompt": visible(view.prompt),
+            "prompt": token_text(view.prompt),
         }
         for view in views
     ]
@@ -119,11 +115,11 @@ def render_page(views: Sequence[RowView], *, model: str, reference: str, data: s
 def _page_answer(answer: AnswerView, scale: float) -> dict[str, Any]:
     return {
         "view": answer,
-        "unscored": visible(answer.unscored),
+        "unscored": token_text(answer.unscored),
         "tokens": [
             {
-                "text": visible(token.text),
-                "context": visible(token.context),
+                "text": token_text(token.text),
+                "context": token_text(token.context),
                 "side": "gained" if token.log_ratio >= 0 else "lost",
                 "alpha": round(0.75 * abs(strength(token, scale)), 3),
                 "is_strong": abs(strength(token, scale)) > 2 / 3,
@@ -133,7 +129,7 @@ def _page_answer(answer: AnswerView, scale: float) -> dict[str, Any]:
             for token in answer.tokens
         ],
         "moved": [
-            (word, [(*map(visible, answer.around(i)), answer.tokens[i].log_ratio) for i in places])
+            (word, [(*map(token_text, answer.around(i)), answer.tokens[i].log_ratio) for i in places])
             for word, places in zip(("gained", "lost"), answer.most_moved(MOST_MOVED), strict=True)
         ],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,19 +35,19 @@ PANEL_INCHES = (4.8, 3.4)
 Interval = tuple[float, float, float]
 
 
-def plot_metrics(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_metrics(rows: Sequence[Mapping[str, Any]], file: Path | BinaryIO) -> None:
     """Plot loss, accuracy, rewards and pack fill over the optimizer steps.
 
     Args:
         rows: of a run's `metrics.jsonl` (`dpo_fast.training.metrics.read_metrics`).
-        path: .png, .svg or .pdf file to write.
+        file: .png, .svg or .pdf file to write, or an open file, which gets a .png.
 
     Raises:
         ValueError: the rows have none of the figures to draw.
     """
     figure, axes = make_figure(2, 2)
     draw_panels(axes, rows)
-    figure.savefig(path)
+    figure.savefig(file)
 
 
 def make_figure(num_rows: int, num_columns: int) -> tuple[Figure, list[Axes]]:

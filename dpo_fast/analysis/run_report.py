@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def write_report(config: ReportConfig, *, console: Console | None = None) -> Pat
     out = Path(config.out) if config.out is not None else run / "report.html"
     if out.suffix != ".html":
         raise UserError(f"--out {out}: expected a file that ends in .html")
-    plot_metrics(rows, run / PLOT)
+    plot = BytesIO()
+    plot_metrics(rows, plot)
+    write_file_atomically(run / PLOT, plot.getvalue())
     page = render(
         "report.html",
         title=f"Run {run.name}",
@@ -71,7 +74,7 @@ def write_report(config: ReportConfig, *, console: Console | None = None) -> Pat
         is_finished=(run / "final").is_dir(),
         checkpoints=sorted((path.name for path in run.glob("checkpoint-*")), key=_step_of),
         warnings=[(row["step"], text) for row in rows for text in row.get("warnings", [])],
-        curves=base64.b64encode((run / PLOT).read_bytes()).decode(),
+        curves=base64.b64encode(plot.getvalue()).decode(),
     )
     write_file_atomically(out, page)
     say(console, f"report: {out}")

@@ -11,15 +11,19 @@ from rich.console import Console
 
 from dpo_fast.config import ScoreConfig
 from dpo_fast.console import say
+from dpo_fast.curate.rows import hold_output
+from dpo_fast.curate.stopping import exit_on_signals
 from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
-from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.load import tokenizer_of
+from dpo_fast.model.placement import pick_device
 from dpo_fast.packs.layout import Group
 from dpo_fast.reference.fill import reference_logps
 from dpo_fast.reference.scores import AnswerLogps
 
 
+@exit_on_signals(resumable=False)
 def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
     """Write the log-probs of `config.model` on `config.data` to `config.out`, one JSON object per pair.
 
@@ -30,7 +34,13 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
         raise UserError("no data given: pass --data with a file of preference rows or a Hub dataset's name")
     if not config.out:
         raise UserError("no output given: pass --out with the .jsonl file to write")
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    pick_device(config.device)
+    with hold_output(Path(config.out)):
+        return _score(config, Path(config.out), console)
+
+
+def _score(config: ScoreConfig, out: Path, console: Console) -> Path:
+    tokenizer = tokenizer_of(config)
     groups, report = load_groups(config, tokenizer)
     say(console, report.render())
     scores, _ = reference_logps(config, config.model, groups, console=console)
@@ -39,7 +49,6 @@ def score(config: ScoreConfig, *, console: Console | None = None) -> Path:
         for group, answers in zip(groups, scores, strict=True)
         for record in pair_records(group, answers, tokens=config.tokens)
     ]
-    out = Path(config.out)
     write_file_atomically(out, "\n".join(lines) + "\n")
     say(console, f"{len(lines)} pairs: {out}")
     return out

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.text import Text
 
-from dpo_fast.analysis.inspection_view import visible
+from dpo_fast.analysis.inspection_view import token_text
 from dpo_fast.analysis.pages import render
 from dpo_fast.analysis.token_views import answer_name, token_pieces
 from dpo_fast.config import InspectConfig
@@ -26,7 +26,7 @@ from dpo_fast.data.row_report import CHANGED, DROPPED, DataReport
 from dpo_fast.data.trace import Refusal, Trace, trace_rows
 from dpo_fast.errors import UserError
 from dpo_fast.files import write_file_atomically
-from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.load import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ def xray_rows(config: InspectConfig, *, console: Console | None = None) -> list[
     console = console or Console()
     check_settings(config)
     rows = parse_rows(config.rows)
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    tokenizer = tokenizer_of(config)
     _, report = load_groups(config, tokenizer)
     say(console, report.render())
     traces = trace_rows(config, tokenizer, rows, count=SHOWN_ROWS)
@@ -250,7 +250,7 @@ def _text(tokens: Sequence[Token], *, signs: bool) -> Text:
 
 def shown(text: str) -> str:
     """Text with line breaks and control characters visible."""
-    return visible(text.replace("\n", "↵\n"))
+    return token_text(text.replace("\n", "↵\n"))
 
 
 def render_xray(views: Sequence[RowXray], report: DataReport, *, model: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from dpo_fast.config import ModelConfig, SampleConfig, SamplingConfig
 from dpo_fast.errors import UserError
 from dpo_fast.model.attention import own_attention
-from dpo_fast.model.check import with_fitting_layout
+from dpo_fast.model.check import refuse_unknown_tokens, with_fitting_layout
 from dpo_fast.model.placement import pick_device
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.bins import best_fit_decreasing
@@ -78,7 +78,10 @@ class TransformersWriter:
         weights: Literal["float32", "bfloat16"] = "float32"
         if dtype == "bfloat16" or (dtype == "auto" and pick_device(device).type == "cuda"):
             weights = "bfloat16"
-        self.policy = Policy.load(ModelConfig(model=name, device=device, dtype=weights, bf16=False))
+        trusts = sampling.trust_remote_code
+        self.policy = Policy.load(
+            ModelConfig(model=name, device=device, dtype=weights, bf16=False, trust_remote_code=trusts)
+        )
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.end_tokens = _end_tokens(self.policy.model, tokenizer)
@@ -86,6 +89,7 @@ class TransformersWriter:
 
     def __call__(self, prompts: Sequence[list[int]], temperature: float, seed: int) -> list[Answer]:
         """See `Writer`."""
+        refuse_unknown_tokens(self.policy.model, prompts, "a prompt")
         written = self._generate(prompts, temperature, seed)
         groups = [
             Group(i, np.array(prompt, dtype=np.int32), (np.array(ids, dtype=np.int32),), UNRANKED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, TypeAlias
 
 from rich.console import Console
@@ -40,13 +41,14 @@ def judge_rows(
     if text_signals:
         specs = [signal.spec for signal in text_signals]
         missing = keeper.recall(questions, specs)
-        judged = judge_texts({number: questions[number] for number in missing}, text_signals, config)
-        keeper.add_all(specs, _with_progress(judged, "label", questions, missing, console))
+        # Closed at once when a signal or a full disk ends the run, and with it the worker processes.
+        with closing(judge_texts({number: questions[number] for number in missing}, text_signals, config)) as judged:
+            keeper.add_all(specs, _with_progress(judged, "label", questions, missing, console))
     for signal in signals:
         if signal.of_rows is not None:
             missing = keeper.recall(questions, [signal.spec])
-            judged = _judge_in_blocks(questions, signal, missing)
-            keeper.add_all([signal.spec], _with_progress(judged, signal.spec[:40], questions, missing, console))
+            blocks = _judge_in_blocks(questions, signal, missing)
+            keeper.add_all([signal.spec], _with_progress(blocks, signal.spec[:40], questions, missing, console))
     return keeper.verdicts
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dpo_fast.config import EvalConfig, LabelConfig, SignalConfig
 from dpo_fast.console import say
+from dpo_fast.curate.identity import versions
 from dpo_fast.curate.judge_rows import Verdicts, judge_rows
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.rows import (
@@ -20,14 +21,17 @@ from dpo_fast.curate.rows import (
     as_dataset,
     as_rows,
     check_out,
+    hold_output,
     read_objects,
     report_dropped,
     responses_of,
     write_rows,
 )
+from dpo_fast.curate.signals.models import ModelSignal
 from dpo_fast.curate.signals.registry import Signal, parse_signals
+from dpo_fast.curate.stopping import exit_on_signals
 from dpo_fast.curate.verdict import Question, Verdict
-from dpo_fast.curate.worklog import WorkLog, fingerprint
+from dpo_fast.curate.worklog import WorkLog
 from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,10 +52,16 @@ def run_label(config: LabelConfig, console: Console | None = None) -> Path:
         from dpo_fast.curate.by_hand import run_by_hand
 
         return run_by_hand(config, console=console)
+    return _run_signals(config, console)
+
+
+@exit_on_signals(resumable=True)
+def _run_signals(config: LabelConfig, console: Console) -> Path:
     out = check_out(config.out, overwrite=config.overwrite)
     signals = parse_signals(config)
     rows = read_objects(config.data, config.max_rows, console)
-    with WorkLog(out, _fingerprint(rows, signals, config), overwrite=config.overwrite) as log:
+    depends_on = _depends_on(rows, signals, config)
+    with hold_output(out), WorkLog(out, depends_on, overwrite=config.overwrite) as log:
         labelled = label_rows(rows, config, console=console, log=log)
         write_rows(out, labelled)
         log.finish()
@@ -171,10 +181,17 @@ def _summary(spec: str, verdicts: Verdicts) -> str:
     return text
 
 
-def _fingerprint(rows: list[Row], signals: list[Signal], config: LabelConfig) -> str:
-    """Identifies all that a score depends on, the contents of files that signals read included."""
+def _depends_on(rows: list[Row], signals: list[Signal], config: LabelConfig) -> dict[str, Any]:
+    """All that a score depends on, by name."""
     settings = {field.name: getattr(config, field.name) for field in fields(SignalConfig)}
     for name in _WITHOUT_EFFECT:
         del settings[name]
-    files = [Path(signal.argument).read_text() for signal in signals if signal.declaration.reads_file]
-    return fingerprint(settings, files, config.prompt_column, config.responses_column, rows)
+    columns = [config.prompt_column, config.responses_column]
+    depends_on = {"settings": [settings, columns], "rows": rows, "versions": versions("regex", "jsonschema")}
+    if any(isinstance(signal.of_rows, ModelSignal) for signal in signals):
+        from dpo_fast.model.placement import pick_device
+
+        depends_on["device"] = pick_device(config.device).type
+        depends_on["versions"] |= versions("torch", "transformers")
+    identities = {f"files of the signal {signal.spec}": signal.identity for signal in signals}
+    return depends_on | {name: identity for name, identity in identities.items() if identity is not None}

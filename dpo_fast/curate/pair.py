@@ -17,8 +17,19 @@ from dpo_fast.config import PairConfig
 from dpo_fast.console import say
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.pair_report import LengthBias, PairReport
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, responses_of, write_rows
+from dpo_fast.curate.rows import (
+    Row,
+    Rows,
+    as_dataset,
+    as_rows,
+    check_out,
+    hold_output,
+    read_objects,
+    responses_of,
+    write_rows,
+)
 from dpo_fast.curate.sample import SAMPLES
+from dpo_fast.data.columns import SYSTEM
 from dpo_fast.data.formats import choose_pairs
 from dpo_fast.errors import UserError
 
@@ -41,15 +52,21 @@ def run_pair(config: PairConfig, *, console: Console | None = None) -> Path:
     eval_out = None
     if config.eval_out is not None:
         eval_out = check_out(config.eval_out, option="--eval_out", overwrite=config.overwrite)
+        if eval_out.resolve() == out.resolve():
+            raise UserError(f"--eval_out {eval_out}: is also --out; name another file")
     rows = read_objects(config.data, config.max_rows, console)
     train, held_out, report = pair_rows(rows, config)
     say(console, report.render())
     if not train:
         raise UserError(f"--data {config.data}: yields no pair to train on")
-    write_rows(out, train)
+    with hold_output(out):
+        if eval_out is not None:
+            with hold_output(eval_out, option="--eval_out"):
+                write_rows(eval_out, held_out)
+        # Last, since training reads it: once it is there, the held-out pairs are those that it lacks.
+        write_rows(out, train)
     say(console, f"{len(train)} pairs: {out}")
     if eval_out is not None:
-        write_rows(eval_out, held_out)
         say(console, f"{len(held_out)} pairs held out: {eval_out}")
     return out
 
@@ -85,10 +102,6 @@ def pair(data: Rows, *, console: Console | None = None, **settings: Any) -> Data
 
 def pair_rows(rows: Sequence[Row], config: PairConfig) -> tuple[list[Row], list[Row], PairReport]:
     """Preference rows to train on, those of held-out prompts, and what became of every row."""
-    if not 0 <= config.eval_split < 1:
-        raise UserError(f"--eval_split {config.eval_split}: expected a share of the prompts, at least 0 and below 1")
-    if config.pairs_per_prompt is not None and config.pairs_per_prompt < 1:
-        raise UserError(f"--pairs_per_prompt {config.pairs_per_prompt}: expected a number above 0")
     report = PairReport()
     pairs: list[Row] = []
     for number, row in enumerate(rows):
@@ -181,10 +194,18 @@ class _Candidates:
             else response
             for i in (better, worse)
         )
-        tools = {} if self.row.get("tools") is None else {"tools": self.row["tools"]}
+        kept = {name: self.row[name] for name in _template_columns(config) if self.row.get(name) is not None}
         scores = {"chosen_score": self.scores[better], "rejected_score": self.scores[worse]}
         gap = {"score_gap": self._gap((better, worse)), "row": number}
-        return {config.prompt_column: prompt, "chosen": chosen, "rejected": rejected} | tools | scores | gap
+        return {config.prompt_column: prompt, "chosen": chosen, "rejected": rejected} | kept | scores | gap
+
+
+def _template_columns(config: PairConfig) -> list[str]:
+    """The columns besides the prompt that training needs to render the prompt as it was sampled."""
+    names = [config.tools_column, config.system_column, config.chat_template_kwargs_column]
+    # Other names of the system turn that training reads, if none was chosen.
+    names += SYSTEM if config.system_column == PairConfig.system_column else ()
+    return [name for name in names if name]
 
 
 def _lengths(pair: Row) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from dpo_fast.console import say
 from dpo_fast.data.rows import read_rows
 from dpo_fast.errors import UserError
-from dpo_fast.files import write_file_atomically
+from dpo_fast.files import hold, write_file_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,10 +92,36 @@ def check_out(out: str, *, option: str = "--out", overwrite: bool) -> Path:
     return path
 
 
+@contextmanager
+def hold_output(out: Path, *, option: str = "--out") -> Iterator[None]:
+    """Make the folder of a file and let no other process write the file meanwhile.
+
+    Raises:
+        UserError: another process is writing it, which the message names, or the folder cannot be made.
+        WriteError: the folder cannot be written to.
+    """
+    if out.is_dir():
+        raise UserError(f"{option} {out}: a folder; expected the name of a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {out}: cannot be written to: {error.strerror}") from error
+    with hold(Path(f"{out}.lock"), str(out)):
+        yield
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write one JSON object per line; the file is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file_atomically(path, "".join(_line(row) for row in rows))
+    """Write one JSON object per line; the file is complete or absent.
+
+    Raises:
+        WriteError: the file cannot be written; an older one stays.
+    """
+    write_file_atomically(path, to_lines(rows))
+
+
+def to_lines(rows: Iterable[Row]) -> str:
+    """One JSON object per line."""
+    return "".join(_line(row) for row in rows)
 
 
 def _line(row: Row) -> str:

@@ -12,17 +12,30 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 from rich.console import Console
 
-from dpo_fast.config import SampleConfig
+from dpo_fast.config import DataConfig, SampleConfig
 from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.curate.generate import Writer, load_writer
-from dpo_fast.curate.rows import Row, Rows, as_dataset, as_rows, check_out, read_objects, report_dropped, write_rows
-from dpo_fast.curate.worklog import WorkLog, fingerprint
+from dpo_fast.curate.identity import file_identity, model_identity, versions
+from dpo_fast.curate.rows import (
+    Row,
+    Rows,
+    as_dataset,
+    as_rows,
+    check_out,
+    hold_output,
+    read_objects,
+    report_dropped,
+    write_rows,
+)
+from dpo_fast.curate.stopping import exit_on_signals
+from dpo_fast.curate.worklog import WorkLog
 from dpo_fast.data.conversation import Text
 from dpo_fast.data.formats import template_kwargs, to_prompt
 from dpo_fast.data.row_report import RowError
 from dpo_fast.data.tokenize import PairTokenizer
 from dpo_fast.errors import UserError
 from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.placement import pick_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,6 +45,7 @@ RESPONSES, SAMPLES = "responses", "samples"
 _NEUTRAL = ("out", "overwrite")
 
 
+@exit_on_signals(resumable=True)
 def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
     """Answer the prompts of `config.data` and write `config.out`, one row per prompt.
 
@@ -42,15 +56,38 @@ def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
         UserError: a mistake in the settings or the data.
     """
     console = console or Console()
+    pick_device(config.device)
     out = check_out(config.out, overwrite=config.overwrite)
     rows = read_objects(config.data, config.max_rows, console)
-    settings = {name: value for name, value in asdict(config).items() if name not in _NEUTRAL}
-    with WorkLog(out, fingerprint(settings, rows), overwrite=config.overwrite) as log:
+    with hold_output(out), WorkLog(out, _depends_on(rows, config), overwrite=config.overwrite) as log:
         written = sample_rows(rows, config, console=console, log=log)
         write_rows(out, written)
         log.finish()
     say(console, f"{len(written)} prompts with answers: {out}")
     return out
+
+
+def _depends_on(rows: Sequence[Row], config: SampleConfig) -> dict[str, Any]:
+    """All that an answer depends on, by name."""
+    depends_on = {
+        "settings": {name: value for name, value in asdict(config).items() if name not in _NEUTRAL},
+        "rows": rows,
+        "device": pick_device(config.device).type,
+        "versions": versions("torch", "transformers", *(["vllm"] if config.backend == "vllm" else [])),
+    }
+    if config.chat_template is not None:
+        depends_on["chat template"] = file_identity(config.chat_template)
+    return depends_on | {f"files of the model {name}": model_identity(name) for name in _models(config) if name}
+
+
+def _columns(config: SampleConfig) -> DataConfig:
+    """Where a row's prompt is, and what its chat template is given."""
+    names = ("prompt_column", "tools_column", "system_column", "chat_template_kwargs", "chat_template_kwargs_column")
+    return DataConfig(**{name: getattr(config, name) for name in names})
+
+
+def _models(config: SampleConfig) -> list[str]:
+    return [config.model] if isinstance(config.model, str) else list(config.model)
 
 
 def sample(data: Rows, model: str | list[str], *, console: Console | None = None, **settings: Any) -> Dataset:
@@ -138,22 +175,19 @@ def answer_rows(
 
     With the same seed, settings and tokens the i-th answers of two models come from the same stream of random numbers.
     """
-    models = [config.model] if isinstance(config.model, str) else list(config.model)
     temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
-    sources = [(model, temperature) for model in models for temperature in temperatures]
+    sources = [(model, temperature) for model in _models(config) for temperature in temperatures]
     _check(config, sources)
+    columns = _columns(config)
     done: _Log = log or _Memory()
     prompts: list[_Prompt] = []
     batches: list[_Batch] = []
     with progress_line(console, "sampling", 0) as line:
         for model, group in groupby(enumerate(sources), lambda source: source[1][0]):
-            tokenizer = load_tokenizer(model, config.chat_template)
+            tokenizer = load_tokenizer(model, config.chat_template, trust_remote_code=config.trust_remote_code)
             tokenize = PairTokenizer(tokenizer)
             if prompts:
-                prompts = [
-                    replace(p, ids=tokenize.prompt_ids(p.text, p.row.get(config.tools_column), template_kwargs(p.row)))
-                    for p in prompts
-                ]
+                prompts = [replace(p, ids=prompt_ids(p.row, p.text, tokenize, columns)) for p in prompts]
             else:
                 prompts = _prompts(rows, config, tokenize, console)
                 line.start(len(prompts) * config.num_samples)
@@ -207,13 +241,6 @@ def _check(config: SampleConfig, sources: list[tuple[str, float]]) -> None:
             f"--num_samples {config.num_samples}: expected at least one for each of the {len(sources)} combinations of "
             "model and temperature"
         )
-    for name in ("max_new_tokens", "generation_batch_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: expected a number above 0")
-    if not all(temperature >= 0 for _, temperature in sources):
-        raise UserError(f"--temperature {config.temperature}: expected 0 or above")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top_p {config.top_p}: expected a share above 0, at most 1")
 
 
 def _prompts(rows: Sequence[Row], config: SampleConfig, tokenize: PairTokenizer, console: Console) -> list[_Prompt]:
@@ -221,24 +248,35 @@ def _prompts(rows: Sequence[Row], config: SampleConfig, tokenize: PairTokenizer,
     wrap = config.apply_chat_template
     if wrap is None:
         wrap = bool(tokenize.tokenizer.chat_template)
+    columns = _columns(config)
     usable: list[_Prompt] = []
     dropped: list[str] = []
     for number, row in enumerate(rows):
         try:
-            prompt, tools = to_prompt(row, config.prompt_column, config.tools_column)
+            prompt, tools = to_prompt(row, columns)
             if wrap and isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
-            ids = tokenize.prompt_ids(prompt, tools, template_kwargs(row))
+            usable_row = row | ({} if tools is None else {config.tools_column: tools})
+            ids = prompt_ids(usable_row, prompt, tokenize, columns)
             if not ids:
                 raise RowError("wrong_type", "the prompt has no tokens, so there is nothing for a model to continue")
         except RowError as error:
             dropped.append(f"row {number}: {error}")
         else:
-            usable.append(_Prompt(row | ({} if tools is None else {config.tools_column: tools}), prompt, ids))
+            usable.append(_Prompt(usable_row, prompt, ids))
     report_dropped(console, dropped)
     if not usable:
         raise UserError("no row has a prompt to answer" + (f": {dropped[0]}" if dropped else ""))
     return usable
+
+
+def prompt_ids(row: Row, prompt: Text, tokenize: PairTokenizer, columns: DataConfig) -> list[int]:
+    """The tokens of a row's prompt, up to where the answer begins.
+
+    Raises:
+        RowError: the chat template refuses it.
+    """
+    return tokenize.prompt_ids(prompt, row.get(columns.tools_column) or None, template_kwargs(row, columns))
 
 
 def _batches(

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from dpo_fast.errors import WriteError
+
 if TYPE_CHECKING:
     from dpo_fast.curate.rows import Row
 
@@ -51,9 +53,15 @@ class Question:
 
 
 def verdict_of(signal: TextSignal, answer: str, row: Row) -> Verdict:
-    """Call a signal. Whatever it raises or returns becomes a verdict, unless it ends the process."""
+    """Call a signal. Whatever it raises or returns becomes a verdict, unless it ends the process.
+
+    Raises:
+        WriteError: this machine has no room for what the signal needs, which says nothing about the answer.
+    """
     try:
         score = float(signal(answer, row))
+    except WriteError:
+        raise
     except Unjudged as error:
         return Verdict(None, shorten(str(error)))
     except Worst as error:

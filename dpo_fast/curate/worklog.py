@@ -1,25 +1,32 @@
-"""Work that resumes where it stopped: results are appended to `OUT.partial` as they come, until `OUT` is whole.
+"""Work that resumes where it stopped: results are appended to `OUT.partial` as they come, until `OUT` is complete.
 
-The first line holds a fingerprint of the settings and the input; every other line is a key with its result, or the id
-of a process that opened the log. A line cut short by a crash is dropped; results of other settings are never mixed in.
-One process at a time holds the log, under a lock that the kernel drops when the process dies.
+Each process that opens the log writes a line with what the results depend on (settings, rows, models); every other line
+is a key with its result. Lines are sealed with checksums: a damaged line, or one that a crash cut short, is set aside
+and counted, and only its result is lost. Nothing in the log is ever changed or removed; results of other settings are
+never mixed in. Only a process that holds the output (`rows.hold_output`) may open the log.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
+from dpo_fast.curate.sealed_lines import Record, read_lines, seal, unseal
 from dpo_fast.errors import UserError
+from dpo_fast.files import write_errors
 
 logger = logging.getLogger("dpo_fast")
+
+# Lines by which a process opens a log can be read without knowing what the log belongs to.
+_OPENING_SEED = 0
 
 
 def fingerprint(*parts: Any) -> str:
@@ -32,82 +39,161 @@ def log_path(out: Path) -> Path:
     return Path(f"{out}.partial")
 
 
-class WorkLog:
-    """Results by key, in memory and on disk."""
+def damaged_path(out: Path) -> Path:
+    """Where damaged lines of the log of the file `out` are copied to."""
+    return Path(f"{out}.partial.damaged")
 
-    def __init__(self, out: Path, fingerprint: str, *, overwrite: bool) -> None:
-        """Open and lock the log of `out`.
+
+class WorkLog:
+    """Results by key, in memory and on disk.
+
+    Attributes:
+        path: the file.
+        results: by key, the one added last at the end.
+        num_damaged: lines that could not be read.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        depends_on: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        is_valid: Callable[[str, Any], bool] = lambda key, result: True,
+    ) -> None:
+        """Open the log of `out`.
+
+        Args:
+            out: the file that the results are for; its folder exists.
+            depends_on: what the results depend on, by the name that messages use; anything that JSON can hold.
+            overwrite: discard a log that belongs to something else.
+            is_valid: whether a result under a key can be used; asked of lines without a checksum, which earlier
+                versions wrote.
 
         Raises:
-            UserError: another process holds it, it belongs to other settings or other input, or the folder cannot be
-                written to.
+            UserError: it belongs to something else.
+            WriteError: it cannot be written to.
         """
         self.path = log_path(out)
         self.results: dict[str, Any] = {}
+        self.num_damaged = 0
+        self._out = out
+        self._identity = {name: fingerprint(part) for name, part in depends_on.items()}
+        self._seed = xxhash.xxh3_64_intdigest(json.dumps(self._identity).encode())
+        self._unsealed_header = {"fingerprint": fingerprint(*depends_on.values())}
+        self._is_valid = is_valid
+        with write_errors(self.path):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            # Neither truncates nor requires an existing file: nothing may change before the lock is held.
-            self._file: BinaryIO = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written to: {error.strerror}") from error
-        try:
-            self._lock()
-            self._load({"fingerprint": fingerprint}, overwrite=overwrite)
+            self._load(overwrite=overwrite)
         except BaseException:
-            self._file.close()
+            os.close(self._descriptor)
             raise
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holders = [record["pid"] for record, _ in self._records() if "pid" in record]
-            holder = f"process {holders[-1]}" if holders else "another process"
-            raise UserError(f"{self.path} is in use by {holder}: wait for it to end, or stop it") from error
-        except OSError as error:
-            # Some network file systems have no locks; one process at a time is then up to the user.
-            logger.debug("no lock on %s: %s", self.path, error)
-
-    def _load(self, header: dict[str, str], *, overwrite: bool) -> None:
-        """Take the results of an interrupted run with the same header, or start over."""
-        records = list(self._records())
-        # A kill before the header was written leaves a log that holds nothing.
-        if records and records[0][0] != header:
+    def _load(self, *, overwrite: bool) -> None:
+        """Take the results of an interrupted run that depended on the same things, or start over."""
+        content = self.path.read_bytes()
+        opening = seal({"opened": self._identity}, _OPENING_SEED)
+        records, damaged = read_lines(content, self._parser(content))
+        # A kill while the first line was written leaves a log that holds nothing.
+        is_new = b"\n" not in content and len(content) < len(opening)
+        if not is_new and (reason := self._refusal(records)):
             if not overwrite:
-                raise UserError(
-                    f"{self.path} was left by an interrupted run with other settings or other rows: rerun with those "
-                    "settings to resume it, or discard it with --overwrite true"
-                )
-            records = []
-        self.results = {record["key"]: record["result"] for record, _ in records if "key" in record}
-        self._file.seek(records[-1][1] if records else 0)
-        self._file.truncate()
-        self._append(*([] if records else [header]), {"pid": os.getpid()})
+                raise UserError(f"{self.path} {reason}, or discard it with --overwrite true")
+            is_new = True
+        if is_new:
+            os.ftruncate(self._descriptor, 0)
+            content, records, damaged = b"", [], []
+        for record in records:
+            if "key" in record:
+                self._put(record["key"], record["result"])
+        self._set_aside(damaged)
+        self._end = len(content)
+        self._append((b"\n" if content and not content.endswith(b"\n") else b"") + opening)
 
-    def _records(self) -> list[tuple[dict[str, Any], int]]:
-        """The records of the whole lines, each with the position of its end."""
-        self._file.seek(0)
-        records, end = [], 0
-        for line in self._file:
+    def _parser(self, content: bytes) -> Callable[[bytes], Record | None]:
+        is_unsealed = _parse_json(content.partition(b"\n")[0]) == self._unsealed_header
+
+        def parse(line: bytes) -> Record | None:
+            record = _parse_opening(line) or unseal(line, self._seed)
+            if record is None and is_unsealed:
+                record = _parse_json(line)
+                if record == self._unsealed_header:
+                    return {"opened": self._identity}
+                if record is not None and not self._is_unsealed_record(record):
+                    return None
+            return record
+
+        return parse
+
+    def _is_unsealed_record(self, record: Record) -> bool:
+        if record.keys() == {"pid"}:
+            return True
+        is_result = record.keys() == {"key", "result"} and isinstance(record["key"], str)
+        return is_result and self._is_valid(record["key"], record["result"])
+
+    def _refusal(self, records: list[Record]) -> str | None:
+        """Why the log cannot be resumed, with the cure; None if it can."""
+        openings = [record["opened"] for record in records if "opened" in record]
+        other = next((opened for opened in openings if opened != self._identity), None)
+        if other is not None:
+            names = [name for name in {**self._identity, **other} if self._identity.get(name) != other.get(name)]
+            changed = " and other ".join(names)
+            return f"was left by an interrupted run with other {changed}: rerun with those to resume it"
+        if not records:
+            return (
+                "was left by an earlier version, with other settings or other rows, or its first lines are damaged: "
+                "rerun with the version, settings and rows that wrote it, restore it from a copy"
+            )
+        return None
+
+    def _put(self, key: str, result: Any) -> None:
+        self.results.pop(key, None)
+        self.results[key] = result
+
+    def _set_aside(self, damaged: list[bytes]) -> None:
+        """Copy damaged lines to a file of their own, since the log is removed once the work is complete."""
+        self.num_damaged = len(damaged)
+        if not damaged:
+            return
+        path = damaged_path(self._out)
+        with write_errors(path):
+            path.write_bytes(b"".join(line + b"\n" for line in damaged))
+        logger.warning(
+            "%s: damaged lines are set aside in %s (%d), and what they held is done again; "
+            "all other results are kept (%d)",
+            *(self.path, path, len(damaged), len(self.results)),
+        )
+
+    def _append(self, lines: bytes) -> None:
+        """Write lines to the disk, all or none."""
+        cure = "then rerun the same command to resume; all results up to here are kept"
+        with write_errors(self.path, needed=len(lines), cure=cure):
             try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            end += len(line)
-            records.append((record, end))
-        return records
+                written = 0
+                while written < len(lines):
+                    written += os.pwrite(self._descriptor, lines[written:], self._end + written)
+                os.fsync(self._descriptor)
+            except BaseException:
+                with suppress(OSError):
+                    os.ftruncate(self._descriptor, self._end)
+                raise
+        self._end += len(lines)
 
-    def _append(self, *records: Any) -> None:
-        self._file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def add(self, results: dict[str, Any], *, copies: int = 1) -> None:
+        """Keep results; from here on they survive a kill.
 
-    def add(self, results: dict[str, Any]) -> None:
-        """Keep results; from here on they survive a kill."""
-        self._append(*({"key": key, "result": result} for key, result in results.items()))
-        self.results |= results
+        Args:
+            results: by key.
+            copies: lines to write for each of them.
+
+        Raises:
+            WriteError: they could not be written and are not kept.
+        """
+        lines = [seal({"key": key, "result": result}, self._seed) for key, result in results.items()]
+        self._append(b"".join(line * copies for line in lines))
+        for key, result in results.items():
+            self._put(key, result)
 
     def finish(self) -> None:
         """Remove the log: its contents are in `out` by now."""
@@ -119,4 +205,16 @@ class WorkLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        os.close(self._descriptor)
+
+
+def _parse_opening(line: bytes) -> Record | None:
+    return unseal(line, _OPENING_SEED)
+
+
+def _parse_json(line: bytes) -> Record | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -252,16 +252,16 @@ def _as_chat(preference: Preference, config: DataConfig) -> Preference:
     return replace(preference, prompt=prompt, answers=tuple(answers), targets=None)
 
 
-def template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    """A row's arguments of the chat template, in the column of the default name.
+def template_kwargs(row: dict[str, Any], config: DataConfig) -> dict[str, Any]:
+    """The arguments of the chat template for a row.
 
     Raises:
         RowError: they are no object.
     """
-    return columns.find_template_kwargs(Row(row), DataConfig())
+    return columns.find_template_kwargs(Row(row), config)
 
 
-def to_prompt(row: dict[str, Any], prompt_column: str, tools_column: str) -> tuple[Text, list[Any] | None]:
+def to_prompt(row: dict[str, Any], config: DataConfig) -> tuple[Text, list[Any] | None]:
     """A row's prompt, its system turn included, if it has no answers yet, and the tools for the chat template.
 
     Raises:
@@ -269,17 +269,17 @@ def to_prompt(row: dict[str, Any], prompt_column: str, tools_column: str) -> tup
     """
     values = Row(row)
     columns.refuse_media(values)
-    prompt = values.get(prompt_column)
+    prompt = values.get(config.prompt_column)
     if prompt is None:
         raise RowError(
             "missing_field",
-            f"field {prompt_column!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}. "
+            f"field {config.prompt_column!r} is missing; the row has {', '.join(map(repr, row)) or 'none'}. "
             "--prompt_column maps another name",
         )
     if prompt == "":
-        raise RowError("wrong_type", f"field {prompt_column!r}: expected a prompt, found an empty string")
-    system = columns.find_system(values, DataConfig())
+        raise RowError("wrong_type", f"field {config.prompt_column!r}: expected a prompt, found an empty string")
+    system = columns.find_system(values, config)
     if system and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    found: Text = prompt if isinstance(prompt, str) else with_system(to_messages(prompt, prompt_column), system)
-    return found, columns.find_tools(values, tools_column)
+    found: Text = prompt if isinstance(prompt, str) else with_system(to_messages(prompt, config.prompt_column), system)
+    return found, columns.find_tools(values, config.tools_column)

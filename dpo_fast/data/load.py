@@ -30,12 +30,8 @@ def load_groups(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
         Groups in the order of the rows, and what became of every row.
 
     Raises:
-        UserError: a limit is not above 0, the source cannot be read, no row is usable, or (with `strict`) the first
-            row that is dropped.
+        UserError: the source cannot be read, no row is usable, or (with `strict`) the first row that is dropped.
     """
-    for name in ("max_length", "max_rows"):
-        if (limit := getattr(config, name)) is not None and limit < 1:
-            raise UserError(f"--{name} {limit}: expected a number above 0, or null for no limit")
     report = DataReport(config.data)
     groups: list[Group] = []
     tokenize = PairTokenizer(tokenizer, config)

@@ -22,6 +22,7 @@ from dpo_fast.config import DataConfig
 from dpo_fast.data.conversation import Message, common_prefix
 from dpo_fast.data.formats import Preference
 from dpo_fast.data.row_report import RowError
+from dpo_fast.data.template_limits import CHARS, template_limits
 from dpo_fast.data.transcripts import Span
 from dpo_fast.errors import UserError
 
@@ -72,7 +73,7 @@ class ChatTemplate:
 
         Raises:
             RowError: the template refuses the messages, or fails on them.
-            UserError: there is no template.
+            UserError: there is no template, or it knows no end.
         """
         if not self.tokenizer.chat_template:
             raise UserError(
@@ -84,12 +85,17 @@ class ChatTemplate:
         reason = ""
         for variant in _variants(messages) if called else [messages]:
             try:
-                text = self.tokenizer.apply_chat_template(variant, **options)
+                with template_limits(self.tokenizer.chat_template):
+                    text = self.tokenizer.apply_chat_template(variant, **options)
+            except UserError:
+                raise
             except Exception as error:
                 # A template is a program: what it meets in a row of a wrong shape may be any error, as may its own.
                 reason = reason or str(error) or type(error).__name__
                 continue
             assert isinstance(text, str)
+            if len(text) > CHARS:
+                raise RowError("template_error", f"it writes {len(text)} characters; expected at most {CHARS}")
             if all(name in text for name in called):
                 return text
         raise RowError("template_error", reason or f"it leaves out the tool calls ({', '.join(called)})")

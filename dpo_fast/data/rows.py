@@ -8,12 +8,14 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 from dpo_fast.errors import UserError
 
+# Of one row in a file of lines.
+LINE_BYTES = 2**26
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
@@ -79,11 +81,28 @@ def _file_rows(path: Path) -> Iterator[SourceRow]:
             yield from _json_rows(path)
         else:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as f:
-                yield from _json_lines(f)
+                yield from _json_lines(_lines(f, path))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"--data {path}: cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+
+
+def _lines(file: Any, path: Path) -> Iterator[bytes]:
+    """The lines of a binary file, as long as they are lines.
+
+    Raises:
+        UserError: one is longer than any row would be, which a compressed file may hide.
+    """
+    for number in count(1):
+        line = file.readline(LINE_BYTES + 1)
+        if len(line) > LINE_BYTES:
+            raise UserError(
+                f"--data {path}, line {number}: longer than {LINE_BYTES // 2**20} MiB; expected one row a line"
+            )
+        if not line:
+            return
+        yield line
 
 
 def _json_lines(lines: Iterable[bytes]) -> Iterator[SourceRow]:
@@ -135,11 +154,33 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
     index = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for value in batch.to_pylist():
+            for value in _batch_rows(batch, path, index):
                 yield SourceRow(index, f"row {index}", _without_nulls(value))
                 index += 1
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"--data {path}: not a parquet file: {error}") from error
+
+
+def _batch_rows(batch: Any, path: Path, first: int) -> list[dict[str, Any]]:
+    """The rows of a record batch.
+
+    Raises:
+        UserError: Python has no such value, a date beyond the year 9999 say; it names row and column.
+    """
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except (ArithmeticError, ValueError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for number, value in enumerate(column):
+                try:
+                    value.as_py()
+                except (ArithmeticError, ValueError) as error:
+                    raise UserError(
+                        f"--data {path}, row {first + number}: column {name!r} holds a value that cannot be read "
+                        f"({error}); remove or convert it"
+                    ) from error
+        raise
 
 
 def _hub_rows(source: str) -> Iterator[SourceRow]:

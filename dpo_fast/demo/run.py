@@ -46,6 +46,7 @@ from dpo_fast.demo.task import (
     train_base,
 )
 from dpo_fast.errors import TrainingError, UserError
+from dpo_fast.model.placement import busy_cpu
 from dpo_fast.training.loop import TrainResult
 from dpo_fast.training.run import train
 
@@ -72,8 +73,11 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, console: Console 
         KeyboardInterrupt: Ctrl-C or a signal.
     """
     prepare_folder(out)
+    console = console or Console()
+    if note := busy_cpu():
+        say(console, note, style="yellow")
     with torch.random.fork_rng(devices=[]):
-        return _Demo(out, QUICK if quick else FULL, seed, console or Console()).run()
+        return _Demo(out, QUICK if quick else FULL, seed, console).run()
 
 
 class _Demo:

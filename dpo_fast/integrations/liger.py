@@ -19,7 +19,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.config import LossConfig
+from dpo_fast.integrations.arguments import loss_settings
 from dpo_fast.integrations.liger_base import Aux, FusedLinearPreferenceLoss, mean_nll, whole_head
 from dpo_fast.kernels.head import HeadKeywords, HeadOptions
 from dpo_fast.losses.formulas import log_odds_ratio
@@ -63,7 +63,7 @@ class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
                 `average_log_prob` with a loss that averages over the tokens of a batch.
         """
         super().__init__(
-            LossConfig(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau),
+            loss_settings(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau),
             ignore_index,
             alpha=alpha,
             compute_nll_loss=compute_nll_loss,
@@ -144,7 +144,7 @@ class FusedLinearCPOLoss(FusedLinearPreferenceLoss):
     ) -> None:
         """Arguments as in `FusedLinearDPOLoss`."""
         super().__init__(
-            LossConfig(loss_type="cpo", beta=beta, label_smoothing=label_smoothing),
+            loss_settings(loss_type="cpo", beta=beta, label_smoothing=label_smoothing),
             ignore_index,
             alpha=alpha,
             compute_nll_loss=compute_nll_loss,
@@ -172,7 +172,7 @@ class FusedLinearSimPOLoss(FusedLinearPreferenceLoss):
     ) -> None:
         """`gamma`: the margin asked for, after beta; other arguments as in `FusedLinearDPOLoss`."""
         super().__init__(
-            LossConfig(loss_type="simpo", beta=beta, label_smoothing=label_smoothing, simpo_gamma=gamma),
+            loss_settings(loss_type="simpo", beta=beta, label_smoothing=label_smoothing, simpo_gamma=gamma),
             ignore_index,
             alpha=alpha,
             compute_nll_loss=compute_nll_loss,
@@ -197,7 +197,7 @@ class FusedLinearORPOLoss(FusedLinearPreferenceLoss):
     ) -> None:
         """Arguments as in `FusedLinearDPOLoss`; beta weighs the odds ratio."""
         super().__init__(
-            LossConfig(loss_type="odds_ratio", beta=beta),
+            loss_settings(loss_type="odds_ratio", beta=beta),
             ignore_index,
             alpha=1.0,
             compute_nll_loss=compute_nll_loss,

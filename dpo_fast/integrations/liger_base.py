@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dpo_fast.config import LossConfig
+from dpo_fast.integrations.arguments import loss_settings
 from dpo_fast.kernels.head import HeadOptions
 from dpo_fast.kernels.linear_logprob import linear_logprob
 from dpo_fast.kernels.segment_sum import segment_sum
-from dpo_fast.losses.objective import any_loss, check_loss, preference_loss
+from dpo_fast.losses.objective import any_loss, preference_loss
 from dpo_fast.losses.pairs import PairLogps
 
 Aux = tuple[Tensor, ...]
@@ -91,7 +91,7 @@ class _OfConfig:
         return getattr(module.config, self.field) if module is not None else self
 
     def __set__(self, module: Any, value: Any) -> None:
-        module.config = module.checked(replace(module.config, **{self.field: value}))
+        module.config = module.checked(loss_settings(**vars(module.config) | {self.field: value}))
 
 
 class FusedLinearPreferenceLoss(FusedHead):
@@ -129,7 +129,6 @@ class FusedLinearPreferenceLoss(FusedHead):
 
     def checked(self, config: LossConfig) -> LossConfig:
         """The configuration, unless the module cannot have it."""
-        check_loss(config)
         if self.average_log_prob and any_loss(config, lambda facts: facts.pools_tokens):
             raise ValueError(
                 f"average_log_prob=True: {config.loss_type} averages over all tokens of the batch; leave it off"

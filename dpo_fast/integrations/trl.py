@@ -36,7 +36,7 @@ from dpo_fast.integrations.trl_options import loss_config, refuse_unsupported, w
 from dpo_fast.kernels.autotune import cache_dir
 from dpo_fast.losses.objective import any_loss, preference_loss
 from dpo_fast.model.attention import own_attention, packed_attention, reads_packs
-from dpo_fast.model.check import attention_windows, with_fitting_layout
+from dpo_fast.model.check import length_thresholds, with_fitting_layout
 from dpo_fast.model.policy import Policy, Scored
 from dpo_fast.packs.balance import BalancedSampler, group_cost
 from dpo_fast.packs.bins import best_fit_decreasing
@@ -180,9 +180,9 @@ class DPOTrainer(TRLTrainer):
         return policy
 
     def _checked_groups(self, policy: Policy) -> list[Group]:
-        """The first rows; all of them, 64 of a stream, if a window may cut the long ones."""
+        """The first rows; all of them, 64 of a stream, if the model treats long ones in another way."""
         whole = 64 if isinstance(self.train_dataset, IterableDataset) else None
-        some = islice(self.train_dataset, whole if attention_windows(policy.model) else 8)
+        some = islice(self.train_dataset, whole if length_thresholds(policy) else 8)
         return [group_of(example, row, self.args.max_length) for row, example in enumerate(some)]
 
     def get_train_dataloader(self) -> Any:

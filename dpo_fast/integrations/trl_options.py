@@ -11,7 +11,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 from dpo_fast.config import LossConfig
 from dpo_fast.integrations import TRL_VERSION, is_trl_of_our_version
-from dpo_fast.losses.objective import check_loss
+from dpo_fast.integrations.arguments import loss_settings
 
 if not is_trl_of_our_version():
     raise ImportError(f"dpo_fast.integrations.trl is written for TRL {TRL_VERSION}: pip install trl=={TRL_VERSION}.*")
@@ -94,7 +94,7 @@ def loss_config(args: DPOConfig) -> LossConfig:
     Raises:
         ValueError: a value out of range, or an option that the losses do not read.
     """
-    config = LossConfig(
+    return loss_settings(
         loss_type=["sft_tokens" if name == "sft" else name for name in args.loss_type],
         loss_weights=args.loss_weights,
         beta=args.beta,
@@ -105,5 +105,3 @@ def loss_config(args: DPOConfig) -> LossConfig:
         ld_alpha=args.ld_alpha,
         use_weighting=args.use_weighting,
     )
-    check_loss(config)
-    return config

@@ -55,10 +55,6 @@ def check_loss(config: LossConfig) -> None:
         UserError: it names the option, and says what to change.
     """
     loss_terms(config)
-    if not 0 <= config.label_smoothing < 1:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: expected a probability, at least 0 and below 1")
-    if not config.discopop_tau > 0:
-        raise UserError(f"--discopop_tau {config.discopop_tau}: expected a number above 0")
     names = loss_names(config)
     read = {option for name in names for option in facts_of(name).options}
     if config.f_divergence_type == "alpha_divergence":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,11 @@ class Placement:
         Raises:
             UserError: the device cannot be used here.
         """
-        device = pick_device(config.device)
+        return cls.on(pick_device(config.device), config)
+
+    @classmethod
+    def on(cls, device: torch.device, config: ModelConfig) -> Placement:
+        """The dtypes that `config` asks for on a device, which need not be here."""
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
         return cls(device, dtype, bf16 and dtype is torch.float32)
@@ -41,17 +46,28 @@ class Placement:
         """The dtype of the matrix products."""
         return torch.bfloat16 if self.bf16 else self.dtype
 
+    @property
+    def default_optimizer(self) -> str:
+        """What `--optim auto` means: for bf16 weights on a GPU, which others hardly move, the fused one."""
+        return "adamw_8bit_fused" if (self.device.type, self.dtype) == ("cuda", torch.bfloat16) else "adamw_torch"
+
     def __str__(self) -> str:
         weights, products = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.compute_dtype))
         return f"{self.device}, {weights} weights" + ("" if weights == products else f", {products} autocast")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA if there is a GPU, else the CPU."""
+    """The device called `name`; `auto` is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        UserError: there is none, or nothing here runs on it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
             # Libraries that launch their own kernels (Triton, bitsandbytes) launch them on the current device.
@@ -60,6 +76,18 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: cannot be used here: {str(error).strip().splitlines()[0]}") from error
     _refuse_old_gpus(device)
     return device
+
+
+def busy_cpu() -> str:
+    """What to know if other work takes the cores: PyTorch's threads then wait for each other; empty if none does."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load, threads = os.getloadavg()[0], torch.get_num_threads()
+    if load <= cores / 2 or threads == 1:
+        return ""
+    return (
+        f"this machine is busy (load {load:.1f} on {cores} cores), and PyTorch's {threads} threads wait for each "
+        "other: OMP_NUM_THREADS=1 may be several times faster"
+    )
 
 
 def _refuse_old_gpus(device: torch.device) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +26,10 @@ from dpo_fast.packs.layout import PackedBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from dpo_fast.model.attention import PACKED_ATTENTION, packed_attention_forward
-from dpo_fast.model.load import load_model
+from dpo_fast.model.checkpointing import Checkpointing, enable_checkpointing
+from dpo_fast.model.load import load_model, refuse_not_finite
 from dpo_fast.model.placement import Placement
+from dpo_fast.model.rotary import LengthRegimes
 from dpo_fast.model.sharding import decoder_layers, shard
 
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
@@ -93,12 +98,13 @@ class Policy:
     @classmethod
     def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
         """Load `name`, by default `config.model`, as the configuration says."""
-        if config.head_memory_budget_gib < 0:
-            raise UserError(f"--head_memory_budget_gib {config.head_memory_budget_gib}: expected 0 or above")
         place = Placement.of(config)
-        model: Any = load_model(name or config.model, place.dtype)
+        name = name or config.model
+        model: Any = load_model(name, place.dtype, trust_remote_code=config.trust_remote_code)
+        model.to(device=place.device).eval()
+        refuse_not_finite(name, model)
         return cls(
-            model.to(device=place.device).eval(),
+            model,
             device=place.device,
             bf16=place.bf16,
             memory_budget=int(config.head_memory_budget_gib * 2**30),
@@ -115,8 +121,14 @@ class Policy:
     def numerics(self) -> str:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
         layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
-        ways = " compiled" * self.is_compiled + " gathered weights" * (self.is_sharded and self.bf16)
+        ways = " compiled" * self.is_compiled + " lengths apart" * (self.length_regimes is not None)
+        ways += " gathered weights" * (self.is_sharded and self.bf16)
         return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}"
+
+    @cached_property
+    def length_regimes(self) -> LengthRegimes | None:
+        """How the length of a row decides on its rotary frequencies, if it does."""
+        return LengthRegimes.of(self.model)
 
     @property
     def noise(self) -> float:
@@ -139,7 +151,7 @@ class Policy:
         return Scored(*self.model(packed=lambda: self._forward(batch, want_stats=want_stats).as_tuple()))
 
     def _forward(self, batch: PackedBatch, *, want_stats: bool) -> Scored:
-        decoded = self._decode_packed(batch) if self.shares_prompts else self._decode_answers(batch)
+        decoded = self._decode_pack(batch) if self.shares_prompts else self._decode_answers(batch)
         logps, stats = self._head(decoded.rows, batch.targets, want_stats=want_stats)
         return Scored(logps, self._router_loss(decoded.router_logits), stats)
 
@@ -150,6 +162,14 @@ class Policy:
     def token_logps(self, batch: PackedBatch) -> Tensor:
         """(N,) fp32 log-probs of `forward`."""
         return self.forward(batch).logps
+
+    def _decode_pack(self, batch: PackedBatch) -> _Decoded:
+        """All of a pack at once, unless the lengths of its answers keep them apart."""
+        if self.length_regimes is None:
+            return self._decode_packed(batch)
+        lengths = batch.cu_seqlens_k.diff().tolist()
+        regimes = [self.length_regimes.of_length(lengths[segment]) for segment in batch.answer_segments]
+        return self._decode_packed(batch) if len(set(regimes)) == 1 else self._decode_regimes(batch, regimes)
 
     def _decode_packed(self, batch: PackedBatch) -> _Decoded:
         num_tokens, padding = batch.num_tokens, self.padding(batch)
@@ -169,15 +189,34 @@ class Policy:
         rows = gather_rows(decoded.rows, RowIndex.of(batch.hidden_index, num_tokens + padding))
         return _Decoded(rows, routers)
 
+    def _decode_regimes(self, batch: PackedBatch, regimes: list[int]) -> _Decoded:
+        """One forward a regime, over sequences side by side, each answer with its own copy of the prompt."""
+        sequences = list(_sequences(batch))
+        rows: dict[int, Tensor] = {}
+        routers = []
+        for regime in sorted(set(regimes)):
+            answers = [answer for answer, of_answer in enumerate(regimes) if of_answer == regime]
+            keys = [sequences[answer][0] for answer in answers]
+            bounds = torch.tensor([0, *map(len, keys)]).cumsum(0)
+            index = torch.arange(int(bounds[-1]), device=batch.input_ids.device)
+            layout = prefix_layout(bounds, bounds, index, len(index), deterministic=self.deterministic_attention)
+            positions = torch.cat([index[: len(own)] for own in keys])
+            ids = batch.input_ids[torch.cat(keys)]
+            decoded = self._decode(ids, position_ids=positions[None], packed_layout=layout)
+            routers.append(decoded.router_logits)
+            for answer, start in zip(answers, bounds.tolist(), strict=False):
+                rows[answer] = decoded.rows[start + sequences[answer][1]]
+        return _Decoded(
+            torch.cat([rows[answer] for answer in range(len(regimes))]),
+            tuple(torch.cat(layer) for layer in zip(*routers, strict=True)),
+        )
+
     def _decode_answers(self, batch: PackedBatch) -> _Decoded:
         """One sequence an answer, no padding: for models whose sequences cannot share a prompt."""
-        key_bounds, target_bounds = batch.cu_seqlens_k.tolist(), batch.cu_answers.tolist()
         parts = []
-        for answer, segment in enumerate(batch.answer_segments):
-            keys = batch.kv_index[key_bounds[segment] : key_bounds[segment + 1]]
-            before_targets = batch.hidden_index[target_bounds[answer] : target_bounds[answer + 1]]
+        for keys, before_targets in _sequences(batch):
             decoded = self._decode(batch.input_ids[keys])
-            parts.append(replace(decoded, rows=decoded.rows[torch.searchsorted(keys, before_targets)]))
+            parts.append(replace(decoded, rows=decoded.rows[before_targets]))
         routers = zip(*(part.router_logits for part in parts), strict=True)
         return _Decoded(torch.cat([part.rows for part in parts]), tuple(torch.cat(layer) for layer in routers))
 
@@ -190,6 +229,8 @@ class Policy:
     def _decode(self, ids: Tensor, **arguments: Any) -> _Decoded:
         if self.router_loss_weight:
             arguments["output_router_logits"] = True
+        if self.length_regimes is not None:
+            self.length_regimes.forget()
         with self.autocast():
             outputs = self._decoder(input_ids=ids[None], use_cache=False, **arguments)
         return _Decoded(outputs.last_hidden_state[0], tuple(getattr(outputs, "router_logits", None) or ()))
@@ -237,13 +278,14 @@ class Policy:
         """(N,) fp32 log-probs on the policy's device, without gradients; `batch` may lie anywhere."""
         return self.token_logps(batch.to(self.device))
 
-    def set_trainable(self, *, gradient_checkpointing: bool) -> None:
-        """Switch to training mode."""
+    def set_trainable(self, *, checkpointing: Checkpointing = "none", offload: bool = False) -> None:
+        """Switch to training mode, recomputing each layer's activations as `checkpointing` says.
+
+        With `offload` the inputs of layers, which `full` keeps, wait in the host's memory.
+        """
         self.model.train()
-        if gradient_checkpointing:
-            # transformers 5.23 renamed the method; 5.17 knows the old name alone.
-            new_name = "activation_checkpointing_enable"
-            getattr(self.model, new_name if hasattr(self.model, new_name) else "gradient_checkpointing_enable")()
+        if checkpointing != "none":
+            enable_checkpointing(self.model, checkpointing, offload=offload)
 
     def compiled(self, *, backend: str = "inductor") -> Policy:
         """With the decoder's layers under `torch.compile`, for packs of all sizes or for that of `static_tokens`.
@@ -265,6 +307,7 @@ class Policy:
             layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
         return replace(self, is_compiled=True)
 
+<<<<<<< HEAD
     def sharded(self, *, replicate: bool) -> Policy:
         """With the weights spread over all processes, in place; `replicate` keeps them whole in each.
 
@@ -277,7 +320,34 @@ class Policy:
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""
         self.model.save_pretrained(folder)
+=======
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer.
+
+        Args:
+            folder: to write into.
+            tokenizer: of the model.
+            dtype: of the written weights; None is their own.
+        """
+        if dtype in (None, self.model.dtype):
+            self.model.save_pretrained(folder)
+        else:
+            weights = {name: weight.to(dtype) for name, weight in self.model.state_dict().items()}
+            self.model.save_pretrained(folder, state_dict=weights)
+            config = json.loads((folder / "config.json").read_text())
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+>>>>>>> main
         tokenizer.save_pretrained(folder)
+
+
+def _sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each answer the rows of its prompt and itself, and the places in them of the rows before its targets."""
+    key_bounds, target_bounds = batch.cu_seqlens_k.tolist(), batch.cu_answers.tolist()
+    for answer, segment in enumerate(batch.answer_segments):
+        keys = batch.kv_index[key_bounds[segment] : key_bounds[segment + 1]]
+        before_targets = batch.hidden_index[target_bounds[answer] : target_bounds[answer + 1]]
+        yield keys, torch.searchsorted(keys, before_targets)
 
 
 def warn_if_weights_cannot_move(config: ModelConfig, learning_rate: float) -> None:
@@ -285,6 +355,7 @@ def warn_if_weights_cannot_move(config: ModelConfig, learning_rate: float) -> No
     if config.dtype == "bfloat16":
         warnings.warn(
             f"--dtype bfloat16 trains bfloat16 weights without a master copy: at learning rate {learning_rate:g} most "
-            "updates round to zero. --dtype float32 with --bf16 true keeps fp32 weights at the speed of bfloat16.",
+            "updates round to zero. --optim adamw_8bit_fused keeps 8 more bits of each weight; --dtype float32 with "
+            "--bf16 true keeps fp32 weights at the speed of bfloat16.",
             stacklevel=2,
         )

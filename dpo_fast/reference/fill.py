@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+import xxhash
 from rich.console import Console
+from torch import Tensor
 
 from dpo_fast.config import ModelConfig
 from dpo_fast.console import progress_line, say
+from dpo_fast.errors import UserError
 from dpo_fast.kernels.autotune import cache_dir
 from dpo_fast.model.check import with_fitting_layout
 from dpo_fast.model.placement import pick_device
@@ -23,6 +29,21 @@ from dpo_fast.reference.store import ReferenceStore
 PAIRS_SCORED_AT_ONCE = 8
 
 
+@dataclass(frozen=True)
+class KnownReference:
+    """The reference that an earlier start of a run used.
+
+    Attributes:
+        fingerprint: of the model.
+        digests: (G,) int64 `value_digests` of the rows that it trains on.
+        changes: the settings that name another model now, for the message; empty if they are the same.
+    """
+
+    fingerprint: str
+    digests: Tensor
+    changes: str = ""
+
+
 def reference_logps(
     config: ModelConfig,
     name: str,
@@ -31,7 +52,8 @@ def reference_logps(
     console: Console,
     packs: Sequence[Sequence[int]] | None = None,
     policy: Policy | None = None,
-    fingerprint: str | None = None,
+    known: KnownReference | None = None,
+    load: Callable[[], Policy] | None = None,
 ) -> tuple[list[AnswerLogps], str]:
     """Log-probs of the answers in `packs`, from the store where it has them, else scored now.
 
@@ -42,26 +64,75 @@ def reference_logps(
         console: for the progress line.
         packs: layout to score in; a group that is in no pack is not scored. None puts all groups into full packs.
         policy: the reference, if it is loaded and checked already; else it is loaded only if a row is missing.
-        fingerprint: of the reference, if it is known from an earlier start.
+        known: what an earlier start used. Scores that differ from those are compared with the model.
+        load: loads the reference, checked; by default as `config` says.
 
     Returns:
         For each group its answers' (A_i,) fp32 arrays, none for a group in no pack; and the fingerprint.
+
+    Raises:
+        UserError: the model is not the known one, or its scores in the store are not its own.
     """
-    path = Path(config.reference_store) if config.reference_store else cache_dir() / "reference.sqlite"
     if packs is None:
         budget = token_budget(config, groups, pairs=PAIRS_SCORED_AT_ONCE, device=pick_device(config.device))
         packs = best_fit_decreasing([group.num_tokens for group in groups], budget)
     wanted = [i for packed in packs for i in packed]
-    with ReferenceStore(path) as store:
-        if fingerprint is None or Reference(store, fingerprint).missing([groups[i] for i in wanted]):
-            if policy is None:
-                policy = with_fitting_layout(Policy.load(config, name), [groups[i] for i in wanted])
+    wanted_groups = [groups[i] for i in wanted]
+
+    def load_by_config() -> Policy:
+        return with_fitting_layout(Policy.load(config, name), wanted_groups)
+
+    load = load or load_by_config
+    fingerprint = known.fingerprint if known else None
+    with ReferenceStore(store_path(config)) as store:
+        if known is None or known.changes or Reference(store, known.fingerprint).missing(wanted_groups):
+            policy = policy or load()
             fingerprint = model_fingerprint(policy.model, numerics=policy.numerics)
+            if known is not None and fingerprint != known.fingerprint:
+                raise UserError(
+                    f"--resume: {known.changes or name}: not the reference that the run began with (other weights, "
+                    "configuration, dtype or layout). Pass that one, or start another run in another --output_dir"
+                )
+        assert fingerprint is not None
         reference = Reference(store, fingerprint)
         if policy is not None:
             fill_reference(reference, policy, groups, packs, console)
-        found = dict(zip(wanted, reference.lookup([groups[i] for i in wanted]), strict=True))
-    return [found.get(i, ()) for i in range(len(groups))], fingerprint
+        found = dict(zip(wanted, reference.lookup(wanted_groups), strict=True))
+        answers = [found.get(i, ()) for i in range(len(groups))]
+        if known is not None and (differing := _differing(known.digests, answers)):
+            policy = policy or load()
+            others = [groups[i] for i in differing]
+            reference.verify(others, policy.score, tolerance=policy.noise, sample=len(others))
+            say(
+                console,
+                f"reference: {len(others)} rows (the first: row {others[0].row}) have other scores than the run began "
+                "with. They agree with the model to rounding, but the result will not be bit-identical",
+                style="yellow",
+            )
+    return answers, fingerprint
+
+
+def store_path(config: ModelConfig) -> Path:
+    """The file of the reference store."""
+    return Path(config.reference_store) if config.reference_store else cache_dir() / "reference.sqlite"
+
+
+def value_digests(answers: Sequence[AnswerLogps]) -> Tensor:
+    """(G,) int64 hashes of each group's log-probs; 0 for a group that has none."""
+    return torch.tensor([_digest(logps) if logps else 0 for logps in answers], dtype=torch.int64)
+
+
+def _digest(answers: AnswerLogps) -> int:
+    digest = xxhash.xxh3_64()
+    for logps in answers:
+        digest.update(np.ascontiguousarray(logps, dtype="<f4").tobytes())
+    return digest.intdigest() - 2**63
+
+
+def _differing(before: Tensor, answers: Sequence[AnswerLogps]) -> list[int]:
+    """Indices of the groups whose log-probs are not those of `before`; groups that it does not know are left out."""
+    now = value_digests(answers[: len(before)])
+    return ((before != now) & (before != 0) & (now != 0)).nonzero().flatten().tolist()
 
 
 def fill_reference(
@@ -69,8 +140,13 @@ def fill_reference(
 ) -> None:
     """Check a few stored rows against the model, then score what is missing, pack by pack."""
     wanted = [groups[i] for packed in packs for i in packed]
-    reference.verify(wanted, policy.score, tolerance=policy.noise)
     missing = reference.missing(wanted)
+    if damaged := reference.damaged(wanted):
+        rows = [wanted[i].row for i in damaged]
+        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+        named = ", ".join(map(str, rows[:10])) + more
+        say(console, f"reference: the stored scores of {len(rows)} rows are damaged and are recomputed (rows {named})")
+    reference.verify(wanted, policy.score, tolerance=policy.noise)
     if not missing:
         say(console, f"reference: {len(wanted)} rows, all cached")
         return

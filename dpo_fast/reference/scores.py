@@ -3,8 +3,8 @@
 The key of an answer is a hash of the model's fingerprint (weights, names, shapes, dtypes, configuration, adapter,
 numerics), the prompt's tokens and the answer's tokens. So a new learning rate, loss, order or folder finds every row,
 and a new model, template or truncation finds none. If only some of an answer's tokens are scored, the mask is part of
-the key. Values are fp32, one per scored token, so that losses which
-normalise by length or weigh tokens read the same store.
+the key. Values are fp32, one per scored token, so that losses which normalise by length or weight tokens read the same
+store.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Reference:
         """For each group its answers' (A_i,) fp32 log-probs, as `StoredScores` takes them.
 
         Raises:
-            UserError: a group is not in the store (zeros are never made up), or its scores are damaged.
+            UserError: a group is not in the store, or is damaged there (zeros are never made up).
         """
         found = self._find(groups)
         absent = [group.row for group, answers in zip(groups, found, strict=True) if answers is None]
@@ -67,14 +67,16 @@ class Reference:
             raise UserError(
                 f"no reference scores for row {absent[0]}{more} in {self._store.path}: score the data first"
             )
-        whole = [answers for answers in found if answers is not None]
-        for group, answers in zip(groups, whole, strict=True):
-            if not all(np.isfinite(logps).all() for logps in answers):
-                raise UserError(
-                    f"the stored reference scores of row {group.row} are not finite: {self._store.path} is damaged. "
-                    "Remove it (the scores are recomputed), or name another file with --reference_store"
-                )
-        return whole
+        return [answers for answers in found if answers is not None]
+
+    def damaged(self, groups: Sequence[Group]) -> list[int]:
+        """Indices of the groups that have an answer whose stored scores are damaged; they are `missing`, too."""
+        self._find(groups)
+        return [
+            i
+            for i, group in enumerate(groups)
+            if any(self._key(group, number) in self._store.damaged for number in range(len(group.answers)))
+        ]
 
     def fill(
         self,
@@ -90,26 +92,29 @@ class Reference:
         Args:
             groups: all groups.
             score: (N,) log-probs of a pack's targets, in their order.
-            packs: lists of indices into `groups`; others are not scored. A pack that is missing whole is scored as it
-                is given, so that its numbers are bitwise those that the same pack gives in training.
+            packs: lists of indices into `groups`; others are not scored. A pack that is missing whole, or partly
+                damaged, is scored as it is given, so that its numbers are bitwise those that the same pack gives in
+                training.
             max_tokens: budget of the packs that all other missing groups are laid into; by default that of the
                 largest of `packs`.
-            progress: called after each pack with the number of its groups; they add up to what was missing.
+            progress: called after each pack with the number of its groups that were missing.
 
         Raises:
             UserError: a score is not finite; nothing of its pack was stored.
         """
-        for packed in self._plan(groups, packs, max_tokens):
+        plan, missing = self._plan(groups, packs, max_tokens)
+        for packed in plan:
             members = [groups[i] for i in packed]
             # Another process may have scored them since the plan was made.
             if self.missing(members):
                 self._store.put(self._score(members, score))
             if progress:
-                progress(len(members))
+                progress(len(missing.intersection(packed)))
 
     def _plan(
         self, groups: Sequence[Group], packs: Sequence[Sequence[int]] | None, max_tokens: int | None
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], set[int]]:
+        """The packs to score, and the indices of the groups that are missing."""
         from dpo_fast.packs.bins import best_fit_decreasing
 
         assert packs is not None or max_tokens is not None, "without packs, their size must be given"
@@ -120,12 +125,17 @@ class Reference:
         else:
             wanted = [i for packed in packs for i in packed]
             missing = {wanted[i] for i in self.missing([groups[i] for i in wanted])}
-            fixed = [list(packed) for packed in packs if packed and missing.issuperset(packed)]
+            damaged = {wanted[i] for i in self.damaged([groups[i] for i in wanted])} if self._store.damaged else set()
+            fixed = [
+                list(packed)
+                for packed in packs
+                if packed and (missing.issuperset(packed) or not damaged.isdisjoint(packed))
+            ]
         rest = sorted(missing.difference(*fixed))
         if max_tokens is None:
             max_tokens = max((sum(groups[i].num_tokens for i in packed) for packed in packs), default=0)
         bins = best_fit_decreasing([groups[i].num_tokens for i in rest], max_tokens)
-        return fixed + [[rest[i] for i in packed] for packed in bins]
+        return fixed + [[rest[i] for i in packed] for packed in bins], missing
 
     def _score(self, groups: Sequence[Group], score: Score) -> dict[bytes, np.ndarray]:
         items = {}

@@ -22,7 +22,9 @@ logger = logging.getLogger("dpo_fast")
 _CHECKPOINT = re.compile(rf"(?:{re.escape(_REPLACED)})?checkpoint-(\d+)")
 
 
-def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], *, keep: int | None) -> Path:
+def save_checkpoint(
+    output_dir: Path, step: int, write: Callable[[Path], None], *, keep: int | None, needed: int | None = None
+) -> Path:
     """Write `output_dir/checkpoint-{step}`, then remove the oldest checkpoints before it.
 
     Args:
@@ -30,16 +32,17 @@ def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], 
         step: optimizer steps done.
         write: fills the folder that it is given.
         keep: checkpoints that stay, the new one among them; None keeps all. One of a later step, left by a run that
-            was taken up again further back, counts but is never removed.
+            was resumed from an earlier step, counts but is never removed.
+        needed: bytes that it takes, for the message if there is no room.
 
     Raises:
-        UserError: the folder cannot be written; checkpoints that were there stay.
+        WriteError: the folder cannot be written; checkpoints that were there stay.
     """
     path = output_dir / f"checkpoint-{step}"
-    with _writing(path):
+    with _writing(path, needed=needed):
         _publish(path, write, {"step": step})
         if keep is not None:
-            existing = sorted(_checkpoints(output_dir))
+            existing = sorted(checkpoints(output_dir))
             for number, old in existing[: max(0, len(existing) - keep)]:
                 if number < step:
                     _remove(old)
@@ -47,7 +50,7 @@ def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None], 
 
 
 def verify_checkpoint(path: Path) -> list[str]:
-    """What keeps a run from going on from this folder: as `verify_folder`, and a model folder is no checkpoint."""
+    """What keeps a run from resuming from this folder: as `verify_folder`, and a model folder is no checkpoint."""
     problems = verify_folder(path)
     if not problems and "step" not in json.loads((path / MANIFEST).read_text()):
         return [f"{MANIFEST}: names no step, so this is a model without the state of its run"]
@@ -55,12 +58,24 @@ def verify_checkpoint(path: Path) -> list[str]:
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None. Broken ones are skipped with a warning."""
-    for _, path in sorted(_checkpoints(output_dir), reverse=True):
+    """The newest whole checkpoint of a run; None if it has none. Broken ones are skipped with a warning.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    broken: list[str] = []
+    for _, path in sorted(checkpoints(output_dir), reverse=True):
         problems = verify_checkpoint(path)
         if not problems:
+            for line in broken:
+                logger.warning("broken and skipped: %s", line)
             return path
-        logger.warning("%s is broken and skipped: %s", path, "; ".join(problems))
+        broken.append(f"{path.name} ({'; '.join(problems)})")
+    if broken:
+        raise UserError(
+            f"--resume auto: no checkpoint in {output_dir} is whole: {', '.join(broken)}. Nothing was changed: restore "
+            "one of them, or start over with --overwrite true and without --resume"
+        )
     return None
 
 
@@ -68,7 +83,7 @@ def resolve_resume(resume: str | None, output_dir: Path) -> Path | None:
     """The checkpoint to resume from: None, the newest whole one for `auto`, or the folder that is named.
 
     Raises:
-        UserError: the named folder is missing or broken.
+        UserError: the named folder is missing or broken, or so are all checkpoints that `auto` finds.
     """
     if resume is None:
         return None
@@ -124,7 +139,8 @@ def _check_plain(value: object, place: str) -> None:
         raise TypeError(f"{place} is a {type(value).__name__}; expected tensors and plain values")
 
 
-def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint, whole or broken, in no order."""
     if not output_dir.is_dir():
         return []
     return [(int(match[1]), path) for path in output_dir.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]

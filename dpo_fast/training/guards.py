@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.errors import TrainingError
+from dpo_fast.errors import TrainingError, UserError
 from dpo_fast.losses.objective import loss_at_reference, slope_at_reference
+from dpo_fast.model.finite import not_finite
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
+from dpo_fast.training.checkpoint import newest_checkpoint
 
 
 def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPOConfig, policy: Policy) -> None:
@@ -44,8 +47,10 @@ def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPO
 class FiniteWatch:
     """Collects flags on the device and reads them only when asked, so that a step need not wait for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, cure: Callable[[], str] = lambda: "lower --learning_rate") -> None:
+        """`cure` is asked for the end of the message when there is one to write."""
         self._flags: list[tuple[int, Sequence[int], Tensor]] = []
+        self._cure = cure
 
     def add(self, step: int, rows: Sequence[int], finite: Tensor) -> None:
         """`finite`: one flag per row, or one for all of them (the gradient)."""
@@ -60,7 +65,7 @@ class FiniteWatch:
         """Raise a TrainingError that names the first bad step and its rows.
 
         Args:
-            all_finite: the property's value, where it was brought to the host already; else it is read now.
+            all_finite: the property's value if it is on the host already; otherwise it is read now.
         """
         if not self._flags:
             return
@@ -73,6 +78,31 @@ class FiniteWatch:
             bad = list(rows) if finite.ndim == 0 else [r for r, ok in zip(rows, finite.tolist(), strict=True) if not ok]
             raise TrainingError(
                 f"the {what} of step {step} is not finite (data rows, from 0: {', '.join(map(str, bad))}). Nothing was "
-                "saved after it; look at these rows, lower --learning_rate, or resume from the last checkpoint with "
-                "--resume auto"
+                f"saved after it; look at these rows, or {self._cure()}"
             )
+
+
+def check_tensors(tensors: Iterable[tuple[str, Tensor]], step: int, output_dir: Path) -> None:
+    """Refuse to save weights or optimizer state that are not finite. Waits for the device, once.
+
+    Raises:
+        TrainingError: it names the first such tensor and the last good checkpoint.
+    """
+    floats = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    if bad := not_finite(floats):
+        more = f" and {len(bad) - 1} more of {len(floats)} tensors" if len(bad) > 1 else ""
+        raise TrainingError(
+            f"after step {step}, {bad[0]}{more} holds numbers that are not finite. They were not saved; "
+            f"{way_back(output_dir)}"
+        )
+
+
+def way_back(output_dir: Path) -> str:
+    """What to do after a run stopped itself; names the last good checkpoint."""
+    try:
+        checkpoint = newest_checkpoint(output_dir)
+    except UserError:
+        checkpoint = None
+    if checkpoint is None:
+        return "lower --learning_rate and start over with --overwrite true; there is no good checkpoint"
+    return f"lower --learning_rate and resume with --resume auto; the last good checkpoint is {checkpoint}"

@@ -7,7 +7,7 @@ packs changes neither loss nor gradient.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +18,30 @@ from torch import Tensor
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.console import say
-from dpo_fast.errors import UserError
 from dpo_fast.files import write_folder_atomically
 from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.model.policy import Policy
+from dpo_fast.model.precision import saved_dtype
 from dpo_fast.training.checkpoint import save_checkpoint, save_state
-from dpo_fast.training.guards import FiniteWatch, check_first_step
-from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, read_metrics
-from dpo_fast.training.optimizers import make_optimizer, make_schedule
+from dpo_fast.training.gradients import prepare_gradients
+from dpo_fast.training.guards import FiniteWatch, check_first_step, check_tensors, way_back
+from dpo_fast.training.metrics import METRICS_FILE, PairAverage, Window, peak_memory_gib, read_metrics
+from dpo_fast.training.optimizer_states import load_optimizer_state
+from dpo_fast.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule, optimizer_name
 from dpo_fast.training.plan import Plan
 from dpo_fast.training.references import RunReference
 from dpo_fast.training.reporter import Reporter, open_reporter
-from dpo_fast.training.signals import stop_signals
+from dpo_fast.training.resume import (
+    check_moments,
+    check_state,
+    own_settings,
+    restore_schedule,
+    restoring,
+    settings_text,
+    tensors_of,
+)
+from dpo_fast.training.run_folder import FINAL_FOLDER, RunFolder
+from dpo_fast.training.signals import StopSignals
 from dpo_fast.training.step import PairSet, RewardShift, StepLoss
 from dpo_fast.training.warning_signs import WarningSigns
 
@@ -37,7 +49,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE_FILE = "training_state.pt"
-FINAL_FOLDER = "final"
+# The parts of a checkpoint's state that every run has.
+STATE_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("run", "settings", "compute_dtype"), str),
+    **dict.fromkeys(("optimizer", "schedule", "sampler", "rows"), dict),
+    **dict.fromkeys(("rng", "reference_digests"), Tensor),
+    "reference": (str, type(None)),
+    "step": int,
+}
 
 
 @dataclass(frozen=True)
@@ -48,11 +67,13 @@ class TrainResult:
         model_dir: Hugging Face folder of the trained model; None after a dry run or a stop by a signal.
         metrics: rows of `metrics.jsonl`.
         step: optimizer steps done.
+        stopped: whether a signal ended the run. The same command with `--resume auto` continues it.
     """
 
     model_dir: Path | None
     metrics: list[dict[str, Any]]
     step: int
+    stopped: bool = False
 
 
 class Trainer:
@@ -68,9 +89,12 @@ class Trainer:
         held_out: PairSet,
         reference: RunReference,
         signs: WarningSigns,
+        folder: RunFolder,
+        stop: StopSignals,
+        rows: dict[str, str],
         console: Console,
     ) -> None:
-        """Take what `train` has made of the settings."""
+        """Take what `train` has made of the settings; `rows` are the fingerprints of both sets of rows."""
         self.config = config
         self.plan = plan
         self.policy = policy
@@ -79,25 +103,27 @@ class Trainer:
         self.held_out = held_out
         self.reference = reference
         self.signs = signs
+        self.folder = folder
+        self.stop = stop
+        self.rows = rows
         self.console = console
-        self.output_dir = Path(config.output_dir)
+        self.output_dir = folder.path
         self.sampler = plan.sampler(train_set.groups)
         self.held_out_packs = plan.packs(held_out.groups)
         self.optimizer = make_optimizer(policy.model, config)
+        self.gradients = prepare_gradients(config, self.optimizer, policy.model.parameters())
         self.schedule = make_schedule(self.optimizer, config, plan.num_steps)
+        self.run_id: str | None = None
         self.step = self.saved_step = 0
-        self.watch = FiniteWatch()
+        self.watch = FiniteWatch(lambda: way_back(self.output_dir))
         self.reward_shift = RewardShift() if "bco" in loss_names(config) else None
         self.window = Window(plan.max_tokens)
 
     def run(self) -> TrainResult:
         """Train to the last step or a signal, then write the final model."""
         self.saved_step = self.step
-        with (
-            open_reporter(self.output_dir, self.signs, self.console, self.plan, step=self.step) as reporter,
-            stop_signals() as stop,
-        ):
-            while self.step < self.plan.num_steps and not stop.is_set():
+        with open_reporter(self.output_dir, self.signs, self.console, self.plan, step=self.step) as reporter:
+            while self.step < self.plan.num_steps and not self.stop.is_set():
                 self.after_step(self.train_step(), reporter)
         self.watch.check()
         model_dir = None
@@ -106,9 +132,9 @@ class Trainer:
             self.save()
             say(self.console, f"stopped by a signal after step {self.step}; continue with --resume auto")
         else:
-            model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_model)
+            model_dir = self.save_final()
             say(self.console, f"trained model: {model_dir}")
-        return TrainResult(model_dir, read_metrics(self.output_dir / METRICS_FILE), self.step)
+        return TrainResult(model_dir, read_metrics(self.output_dir / METRICS_FILE), self.step, model_dir is None)
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns the gradient's norm before clipping."""
@@ -123,8 +149,7 @@ class Trainer:
             self.window.add(batch, metrics, padding=self.policy.padding(batch))
         if self.step == 0 and self.config.ref_model is None and needs_reference(self.config):
             check_first_step(average.read(), groups, self.config, self.policy)
-        max_norm = self.config.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), max_norm)
+        grad_norm = self.gradients.clip()
         self.watch.add(self.step + 1, [group.row for group in groups], grad_norm.isfinite())
         if self.policy.device.type == "cpu":
             self.watch.check()
@@ -154,6 +179,8 @@ class Trainer:
             row = self.read_window(grad_norm)
             self.watch.check()
             reporter.training(step, row)
+            if step == 1 and self.plan.forecast is not None:
+                say(self.console, self.plan.forecast.compare(peak_memory_gib(self.policy.device)))
             self.window = Window(self.plan.max_tokens)
         with self.window.paused():
             if self.held_out.groups and (is_last or is_due(step, config.eval_steps)):
@@ -172,11 +199,43 @@ class Trainer:
         return row
 
     def save(self) -> None:
-        """Write a checkpoint of this step, if there is none yet."""
+        """Write a checkpoint of this step, if there is none yet.
+
+        Raises:
+            TrainingError: something in it is not finite; nothing was written.
+        """
         self.watch.check()
         if self.saved_step != self.step:
-            save_checkpoint(self.output_dir, self.step, self.write_checkpoint, keep=self.config.save_total_limit)
+            state = self.state_dict()
+            needed = self.check_finite(state)
+
+            def write(folder: Path) -> None:
+                self.write_model(folder)
+                save_state(folder / STATE_FILE, state)
+
+            save_checkpoint(self.output_dir, self.step, write, keep=self.config.save_total_limit, needed=needed)
         self.saved_step = self.step
+
+    def save_final(self) -> Path:
+        """Write the trained model.
+
+        Raises:
+            TrainingError: a weight is not finite; nothing was written.
+        """
+        needed = self.check_finite({})
+        model_dir = write_folder_atomically(self.output_dir / FINAL_FOLDER, self.write_final, needed=needed)
+        self.folder.finish()
+        return model_dir
+
+    def check_finite(self, state: dict[str, Any]) -> int:
+        """The bytes of the weights and of a state, all of whose numbers are finite.
+
+        Raises:
+            TrainingError: one is not.
+        """
+        tensors = [*self.policy.model.named_parameters(), *tensors_of(state, "state")]
+        check_tensors(tensors, self.step, self.output_dir)
+        return sum(tensor.nbytes for _, tensor in tensors)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -186,24 +245,34 @@ class Trainer:
             average.add(metrics)
         return {f"eval_{name}": value for name, value in average.read().items()}
 
-    def write_model(self, folder: Path) -> None:
-        """Write the Hugging Face folder."""
-        self.policy.save(folder, self.tokenizer)
+    def write_final(self, folder: Path) -> None:
+        """Write the Hugging Face folder of the trained model, in the dtype that it is to be used in."""
+        config = self.config
+        saved = saved_dtype(
+            self.policy.model, config.model, config.save_dtype, trust_remote_code=config.trust_remote_code
+        )
+        if saved.reason:
+            say(self.console, saved.reason)
+        self.policy.save(folder, self.tokenizer, saved.dtype)
 
-    def write_checkpoint(self, folder: Path) -> None:
-        """Write the Hugging Face folder and what it takes to resume."""
-        self.write_model(folder)
-        save_state(folder / STATE_FILE, self.state_dict())
+    def write_model(self, folder: Path) -> None:
+        """Write the Hugging Face folder, with the weights as they are trained."""
+        self.policy.save(folder, self.tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights."""
         state = {
             "step": self.step,
+            "run": self.folder.run,
+            "settings": settings_text(self.config),
+            "rows": self.rows,
+            "compute_dtype": str(self.policy.compute_dtype),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
             "rng": torch.get_rng_state(),
             "reference": self.reference.fingerprint,
+            "reference_digests": self.reference.digests,
         }
         if self.reward_shift is not None:
             state["reward_shift"] = self.reward_shift.state_dict()
@@ -212,29 +281,46 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore from `state_dict`.
+        """Restore from `state_dict`, which may come from other settings as far as `resume.RULES` allow.
 
         Raises:
-            UserError: the state belongs to another run.
+            UserError: a part is missing or does not fit.
         """
-        try:
-            self.sampler.load_state_dict(state["sampler"])
-        except ValueError as error:
-            raise UserError(f"--resume: the checkpoint belongs to another run: {error}") from error
-        self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        try:
-            if self.reward_shift is not None:
-                self.reward_shift.load_state_dict(state["reward_shift"])
-            if self.reference.moving is not None:
-                self.reference.moving.load_state_dict(state["moving_reference"])
-        except KeyError as error:
-            raise UserError(
-                f"--resume: the checkpoint has no {error.args[0]}: it belongs to a run with another --loss_type or "
-                "--sync_ref_model"
-            ) from error
-        torch.set_rng_state(state["rng"])
+        self.step, self.run_id = state["step"], state["run"]
+        restorers = dict(self._restorers())
+        check_state(state, dict.fromkeys(restorers.keys() - STATE_TYPES.keys(), dict))
+        for part, restore in restorers.items():
+            with restoring(part):
+                restore(state[part])
+        with restoring("schedule"):
+            restore_schedule(self.schedule, state["schedule"], self.step)
+
+    def _restorers(self) -> Iterator[tuple[str, Callable[[Any], object]]]:
+        yield "sampler", self._restore_sampler
+        yield "optimizer", self._restore_optimizer
+        if self.reward_shift is not None:
+            yield "reward_shift", self._restore_reward_shift
+        if self.reference.moving is not None:
+            yield "moving_reference", self.reference.moving.load_state_dict
+        yield "rng", torch.set_rng_state
+
+    def _restore_sampler(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+        if state["step"] != self.step:
+            raise ValueError(f"it is at step {state['step']}, the run at {self.step}")
+
+    def _restore_reward_shift(self, state: dict[str, Any]) -> None:
+        assert self.reward_shift is not None, "only asked for where there is one"
+        self.reward_shift.load_state_dict(state)
+        _ = self.reward_shift.value  # fails on what is no number
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        own = OPTIMIZERS[optimizer_name(self.config)]
+        with own_settings(self.optimizer):
+            converted = load_optimizer_state(self.optimizer, state, own.state_format)
+        if converted:
+            say(self.console, f"converted the optimizer's state from the format of {converted}")
+        check_moments(self.optimizer)
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -16,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_fast.files import write_errors, write_file_atomically
 from dpo_fast.losses.pairs import PairLogps
 from dpo_fast.packs.layout import PackedBatch
 
+logger = logging.getLogger("dpo_fast")
+
 METRICS_FILE = "metrics.jsonl"
+DAMAGED_METRICS_FILE = "metrics.damaged.jsonl"
 TRL_METRICS = (
     "loss",
     "rewards/chosen",
@@ -155,23 +160,46 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, flushed as written.
+    """`metrics.jsonl`: one JSON object a line, on its way to the disk when `write` returns.
 
     Attributes:
         kept: rows of an earlier part of the run.
+        num_damaged: lines that were set aside in `metrics.damaged.jsonl`.
     """
 
     def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
-        """Open for appending; lines of later steps, left by a run that died after its checkpoint, are dropped."""
-        self.kept = [row for row in read_metrics(path) if row["step"] <= keep_up_to_step]
-        self._file = path.open("w")
-        for row in self.kept:
-            self.write(row)
+        """Open for appending; lines of later steps, left by a run that died after its checkpoint, are dropped.
+
+        Raises:
+            WriteError: there is no room; the file is as it was.
+        """
+        rows, damaged = split_metrics(path, PAIR_METRICS)
+        self._path = path
+        self.kept = [row for row in rows if row["step"] <= keep_up_to_step]
+        self.num_damaged = len(damaged)
+        with write_errors(path):
+            if damaged:
+                with path.with_name(DAMAGED_METRICS_FILE).open("ab") as aside:
+                    aside.write(b"".join(line + b"\n" for line in damaged))
+            if damaged or len(self.kept) < len(rows) or not _ends_a_line(path):
+                write_file_atomically(path, "".join(map(_line, self.kept)))
+            self._file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Append one row.
+
+        Raises:
+            WriteError: there is no room; the file holds whole lines only.
+        """
+        line = _line(row).encode()
+        with write_errors(self._path, needed=len(line)):
+            end = self._file.tell()
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -182,14 +210,51 @@ class MetricsFile:
         self._file.close()
 
 
+def _ends_a_line(path: Path) -> bool:
+    """Whether a file is empty, missing, or ends by a newline."""
+    return not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; none if it is not there. A last line cut by a crash is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """Rows of a metrics file; none if it is not there. Damaged lines are left out, with a warning."""
+    rows, damaged = split_metrics(path, ("loss",))
+    if damaged:
+        logger.warning("%s: %d damaged lines are left out", path, len(damaged))
     return rows
+
+
+def split_metrics(path: Path, names: Sequence[str]) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Rows of a metrics file, and the lines that are none: cut by a crash, or damaged later.
+
+    Args:
+        path: the file; it need not exist.
+        names: figures that every row has; of an evaluation, those with `eval_` before their names.
+    """
+    rows, damaged = [], []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if _is_row(row, names):
+            rows.append(row)
+        else:
+            damaged.append(line)
+    return rows, damaged
+
+
+def _is_row(row: object, names: Sequence[str]) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    numbers = [value for name, value in row.items() if name != "warnings"]
+    return (
+        all(type(value) in (int, float) for value in numbers)
+        and any(all(prefix + name in row for name in names) for prefix in ("", "eval_"))
+        and isinstance(row.get("warnings", []), list)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.losses.objective import needs_reference
@@ -12,6 +13,7 @@ from dpo_fast.model.placement import Placement
 from dpo_fast.packs.budget import token_budget
 from dpo_fast.packs.layout import Group
 from dpo_fast.packs.steps import StepSampler, group_packs
+from dpo_fast.planning.forecast import Forecast, asked_policy
 from dpo_fast.training.ranks import Ranks
 
 
@@ -31,6 +33,7 @@ class Plan:
         sharing: tokens with one copy of the prompt per answer, divided by those with one per row.
         reference: where its log-probs come from.
         seed: of the order of the rows.
+        forecast: memory and time; None for an architecture that cannot be planned.
     """
 
     placement: Placement
@@ -45,6 +48,7 @@ class Plan:
     sharing: float
     reference: str
     seed: int
+    forecast: Forecast | None = None
 
     @classmethod
     def of(cls, config: DPOConfig, groups: Sequence[Group], held_out: Sequence[Group]) -> Plan:
@@ -70,6 +74,12 @@ class Plan:
             seed=config.seed,
         )
 
+    def activations(self, config: DPOConfig) -> dict[str, Any]:
+        """Arguments of `Policy.set_trainable`: what was asked for, or what it takes to fit."""
+        if self.forecast is not None:
+            return {"checkpointing": self.forecast.checkpointing, "offload": self.forecast.offload}
+        return {"checkpointing": asked_policy(config) or "none", "offload": config.activation_offloading}
+
     def sampler(self, groups: Sequence[Group]) -> StepSampler:
         """The optimizer steps, from the first one, with this process's packs."""
         return StepSampler(
@@ -86,12 +96,14 @@ class Plan:
         return group_packs(groups, num_ranks=self.ranks.world_size, max_tokens=self.max_tokens)[self.ranks.rank]
 
     def __str__(self) -> str:
+        lines = [] if self.forecast is None else [str(self.forecast)]
         return "\n".join(
             (
                 f"{self.num_rows} rows with {self.num_pairs} pairs to train on, {self.num_held_out_rows} rows held out",
                 f"{self.num_steps} steps of {self.rows_per_step} rows, packs of up to {self.max_tokens} tokens",
                 f"prompt sharing: {self.sharing:.2f}x fewer tokens",
                 f"{self.placement}, {self.ranks.world_size} process, reference: {self.reference}",
+                *lines,
             )
         )
 

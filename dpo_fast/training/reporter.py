@@ -13,20 +13,21 @@ from rich.console import Console
 from dpo_fast.console import ProgressLine, progress_line, say
 from dpo_fast.files import write_file_atomically
 from dpo_fast.kernels import autotune
-from dpo_fast.training.metrics import METRICS_FILE, MetricsFile, peak_memory_gib
+from dpo_fast.training.metrics import DAMAGED_METRICS_FILE, METRICS_FILE, MetricsFile, peak_memory_gib
 from dpo_fast.training.plan import Plan
+from dpo_fast.training.run_folder import CHOICES_FILE
 from dpo_fast.training.warning_signs import WarningSigns
-
-CHOICES_FILE = "autotune.json"
 
 
 class KernelChoices:
     """Which kernels were chosen on this GPU, and how long each took, in a file of the run's folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Start from what an earlier part of the run wrote."""
+        """Start from what an earlier part of the run wrote; a file that cannot be read is set aside."""
         self._path = folder / CHOICES_FILE
         self._written = read_choices(folder)
+        if not self._written and self._path.exists():
+            self._path.replace(self._path.with_name(f"{CHOICES_FILE}.damaged"))
 
     def write(self) -> None:
         """Write the file if a choice is new."""
@@ -90,6 +91,10 @@ def open_reporter(folder: Path, signs: WarningSigns, console: Console, plan: Pla
         MetricsFile(folder / METRICS_FILE, keep_up_to_step=step) as metrics,
         progress_line(console, "training", plan.num_steps, step) as line,
     ):
+        if metrics.num_damaged:
+            say(
+                console, f"{METRICS_FILE}: {metrics.num_damaged} damaged lines were set aside in {DAMAGED_METRICS_FILE}"
+            )
         for row in metrics.kept:
             signs.observe(row)
         yield Reporter(folder, metrics, line, signs, console, plan)

@@ -5,9 +5,10 @@ The reference is scored before the first step and then gone.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -16,18 +17,33 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
 from dpo_fast.errors import UserError
+from dpo_fast.files import write_file_atomically
+from dpo_fast.losses.objective import needs_reference
 from dpo_fast.model.check import with_fitting_layout
-from dpo_fast.model.load import load_tokenizer
+from dpo_fast.model.load import tokenizer_of
+from dpo_fast.model.placement import busy_cpu
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
+from dpo_fast.reference.fill import store_path
+from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.training.as_planned import fit_plan, run_as_planned
 from dpo_fast.training.checkpoint import load_state, resolve_resume
-from dpo_fast.training.loop import STATE_FILE, Trainer, TrainResult
-from dpo_fast.training.metrics import METRICS_FILE
+from dpo_fast.training.gradients import check_gradient_release
+from dpo_fast.training.loop import STATE_FILE, STATE_TYPES, Trainer, TrainResult
 from dpo_fast.training.plan import Plan
 from dpo_fast.training.ranks import refuse_many_processes
-from dpo_fast.training.references import prepare_reference
-from dpo_fast.training.reporter import CHOICES_FILE
-from dpo_fast.training.settings import check_config, check_scores, refuse_to_overwrite
+from dpo_fast.training.references import known_reference, prepare_reference
+from dpo_fast.training.resume import (
+    Changes,
+    changed_settings,
+    check_rows,
+    check_state,
+    rows_fingerprint,
+    used_changes,
+)
+from dpo_fast.training.run_folder import CONFIG_FILE, RunFolder, hold_run_folder
+from dpo_fast.training.settings import check_config, check_output_dir, check_scores
+from dpo_fast.training.signals import StopSignals, stop_signals
 from dpo_fast.training.step import PairSet
 from dpo_fast.training.warning_signs import WarningSigns
 
@@ -38,55 +54,128 @@ if TYPE_CHECKING:
 def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     """Train `config.model` on `config.data` and write `config.output_dir`.
 
+    SIGTERM, SIGINT and SIGHUP stop the run after its step, with a checkpoint; see `signals.stop_signals`.
+
     Raises:
         UserError: a mistake in the settings or the data; nothing was trained.
+        WriteError: a file could not be written; what was written before is whole.
         TrainingError: the run stopped itself; its last checkpoint is good.
     """
     console = console or Console()
     refuse_many_processes()
     check_config(config)
     output_dir = Path(config.output_dir)
-    checkpoint = resolve_resume(config.resume, output_dir)
-    refuse_to_overwrite(config, output_dir)
+    check_output_dir(output_dir)
+    if config.dry_run:
+        prepare_rows(config, console)
+        return TrainResult(None, [], 0)
+    with hold_run_folder(output_dir) as folder, stop_signals() as stop:
+        if config.resume is None and not config.overwrite:
+            folder.refuse_old_run()
+        elif config.resume is None and (set_aside := folder.set_aside()):
+            say(console, set_aside)
+        try:
+            trainer = prepare(config, folder, stop, console)
+            stop.defer()
+            start_output(config, trainer, console)
+            return run_as_planned(trainer)
+        except KeyboardInterrupt:
+            if stop.is_forced or not stop.is_set():
+                raise
+        say(console, "stopped by a signal before the first step; rerun the same command to continue")
+        return TrainResult(None, [], 0, stopped=True)
 
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+
+@dataclass(frozen=True)
+class Rows:
+    """What a run reads, and the plan that follows from it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    groups: list[Group]
+    held_out: list[Group]
+    plan: Plan
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the rows in each split."""
+        return {"trained on": rows_fingerprint(self.groups), "held out": rows_fingerprint(self.held_out)}
+
+
+def prepare_rows(config: DPOConfig, console: Console) -> Rows:
+    """Read the rows and plan the run; prints both reports."""
+    tokenizer = tokenizer_of(config)
     groups, held_out = load_splits(config, tokenizer, console)
     check_scores(config, groups + held_out)
-
-    plan = Plan.of(config, groups, held_out)
+    plan = fit_plan(config, Plan.of(config, groups, held_out), groups)
     say(console, str(plan))
-    if config.dry_run:
-        return TrainResult(None, [], 0)
+    check_gradient_release(config, plan, groups)
+    return Rows(tokenizer, groups, held_out, plan)
 
+
+def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Console) -> Trainer:
+    """All that precedes the first step. Writes only into the reference store, so it can be interrupted anywhere."""
+    checkpoint = resolve_resume(config.resume, folder.path)
+    state = None
+    changes: Changes = {}
+    if checkpoint is not None:
+        state = load_state(checkpoint / STATE_FILE)
+        check_state(state, STATE_TYPES)
+        folder.check_owner(checkpoint, state["run"], overwrite=config.overwrite)
+        changes = changed_settings(state["settings"], config)
+
+    rows = prepare_rows(config, console)
+    if state is not None:
+        check_rows(state["rows"], rows.fingerprints, changes)
+        check_progress(config, rows.plan, state)
+
+    if needs_reference(config) and not config.sync_ref_model:
+        ReferenceStore(store_path(config)).close()  # a place that cannot be written is found before a model is loaded
+    if rows.plan.placement.device.type == "cpu" and (note := busy_cpu()):
+        say(console, note, style="yellow")
     torch.manual_seed(config.seed)
-    policy = load_policy(config, plan, groups, checkpoint)
-
-    state = load_state(checkpoint / STATE_FILE) if checkpoint else None
+    policy = load_policy(config, rows.plan, rows.groups + rows.held_out, str(checkpoint or config.model))
     reference = prepare_reference(
-        *(config, plan, None if checkpoint or config.ref_model else policy, groups, held_out),
-        fingerprint=state["reference"] if state else None,
+        *(config, rows.plan, None if checkpoint or config.ref_model else policy, rows.groups, rows.held_out),
+        known=None if state is None else known_reference(state, changes),
+        load=partial(load_policy, config, rows.plan, rows.groups),
         console=console,
     )
 
-    policy.set_trainable(gradient_checkpointing=config.gradient_checkpointing)
+    policy.set_trainable(**rows.plan.activations(config))
     trainer = Trainer(
-        *(config, plan, policy, tokenizer),
-        PairSet(groups, reference.train),
-        PairSet(held_out, reference.held_out),
+        *(config, rows.plan, policy, rows.tokenizer),
+        PairSet(rows.groups, reference.train),
+        PairSet(rows.held_out, reference.held_out),
         reference,
-        WarningSigns.of_run(config, groups, reference.answers, resumed=state is not None),
-        console,
+        WarningSigns.of_run(config, rows.groups, reference.answers, resumed=state is not None),
+        *(folder, stop, rows.fingerprints, console),
     )
-    if state:
+    if state is not None:
         trainer.load_state_dict(state)
         say(console, f"resumed from {checkpoint} at step {trainer.step}")
-    start_output(config, output_dir, trainer.step)
-    return trainer.run()
+        if used := used_changes(changes):
+            say(console, f"changed settings, used from here on: {used}")
+    return trainer
 
 
-def load_policy(config: DPOConfig, plan: Plan, groups: list[Group], checkpoint: Path | None) -> Policy:
-    """The model to train, checked on some of `groups`, in the layout that it can be computed in."""
-    policy = with_fitting_layout(Policy.load(config, str(checkpoint) if checkpoint else None), groups)
+def check_progress(config: DPOConfig, plan: Plan, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that is past the end, or was computed in other numbers."""
+    if state["step"] > plan.num_steps:
+        raise UserError(
+            f"--resume: the checkpoint has {state['step']} steps, but the run ends after {plan.num_steps} (--max_steps "
+            f"{config.max_steps}, --num_train_epochs {config.num_train_epochs:g})"
+        )
+    dtype = str(plan.placement.compute_dtype)
+    if state["compute_dtype"] != dtype:
+        raise UserError(
+            f"--resume: the matrix products would be in {dtype}, and were in {state['compute_dtype']} (--device "
+            f"{config.device}): resume on a device of the same kind"
+        )
+
+
+def load_policy(config: DPOConfig, plan: Plan, groups: list[Group], name: str) -> Policy:
+    """The model `name`, checked on some of `groups`, in the layout that it can be computed in."""
+    policy = with_fitting_layout(Policy.load(config, name), groups)
     if config.static_shapes:
         policy = replace(policy, static_tokens=plan.max_tokens)
     return policy.compiled() if config.torch_compile else policy
@@ -113,12 +202,11 @@ def load_splits(
     return train_groups, [group for group in groups if group.prompt_ids.tobytes() in held_out]
 
 
-def start_output(config: DPOConfig, output_dir: Path, step: int) -> None:
-    """Make the run's folder and write its settings; a run that starts anew clears the old one's metrics."""
+def start_output(config: DPOConfig, trainer: Trainer, console: Console) -> None:
+    """Make the folder that of this run, and record its settings."""
     import yaml
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if step == 0:
-        for name in (METRICS_FILE, CHOICES_FILE):
-            (output_dir / name).unlink(missing_ok=True)
-    (output_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    if set_aside := trainer.folder.begin(trainer.run_id):
+        say(console, set_aside)
+    text = yaml.safe_dump(asdict(config), sort_keys=False)
+    write_file_atomically(trainer.output_dir / CONFIG_FILE, text)

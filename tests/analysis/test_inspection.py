@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_fast.analysis.inspection import inspect_rows, make_view
-from dpo_fast.analysis.inspection_view import coloured, render_page, visible
+from dpo_fast.analysis.inspection_view import coloured, render_page, token_text
 from dpo_fast.analysis.token_views import AnswerView, PairView, RowView, TokenView, probability, token_pieces
 from dpo_fast.cli import main
 from dpo_fast.config import InspectConfig
@@ -142,7 +142,7 @@ def test_colour_or_signs_say_the_same():
 
 
 def test_control_characters_show_and_do_not_act(folder):
-    assert visible("a\x1b[31m\x00\u202eb\n\tc") == "a\\x1b[31m\\x00\\u202eb\n⇥\tc"
+    assert token_text("a\x1b[31m\x00\u202eb\n\tc\r\n") == "a\\x1b[31m\\x00\\u202eb\n⇥\tc\\x0d\n"
     _, printed = show(rows=[2])
     assert "\x1b" not in printed
     assert "\u202e" not in printed

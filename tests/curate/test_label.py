@@ -36,7 +36,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
     yield tmp_path
-    for name in ("slow_signal", "counted_signal"):
+    for name in ("slow_signal", "counted_signal", "own_signal", "own_words"):
         sys.modules.pop(name, None)
 
 
@@ -245,7 +245,7 @@ def test_what_is_in_the_log_is_not_judged_again(folder, monkeypatch):
     save_tiny_checkpoint(folder / "model")
     specs = '["json", "number:gold", "judge:model", "field:responses"]'
     command = interrupt(monkeypatch, "--signals", specs, "--device", "cpu")
-    monkeypatch.setattr(judge_rows, "judge_texts", lambda questions, *_: iter(dict(questions)))
+    monkeypatch.setattr(judge_rows, "judge_texts", lambda questions, *_: (row for row in dict(questions)))
     monkeypatch.setattr("dpo_fast.model.load.load_model", None)
     assert main([*command, "--num_workers", "7", "--signal_weights", "[1, 2, 0, 0]"]) == 0
     first, *_ = read(folder / "out.jsonl")
@@ -253,8 +253,11 @@ def test_what_is_in_the_log_is_not_judged_again(folder, monkeypatch):
     assert first["signal_errors"]["number:gold"] == {"2": "no number in the answer"}
 
 
-@pytest.mark.parametrize("change", ["rows", "timeout", "schema"])
-def test_a_log_of_something_else_is_refused(folder, monkeypatch, capsys, change):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [("rows", "rows"), ("timeout", "settings"), ("schema", "files of the signal json_schema:schema.json")],
+)
+def test_a_log_of_something_else_is_refused(folder, monkeypatch, capsys, change, named):
     schema = folder / "schema.json"
     schema.write_text("true")
     command = interrupt(monkeypatch, "--signals", "json_schema:schema.json")
@@ -265,10 +268,42 @@ def test_a_log_of_something_else_is_refused(folder, monkeypatch, capsys, change)
     else:
         command += ["--timeout", "3"]
     assert main(command) == 2
-    assert "left by an interrupted run with other settings" in capsys.readouterr().err
+    assert f"left by an interrupted run with other {named}: rerun with those to resume it" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     [first, *_] = read(folder / "out.jsonl")
     assert first["scores"] == ([0, 0, 0] if change == "schema" else [1, 1, 0])
+
+
+OWN_SIGNAL = "import own_words\n\ndef judge(answer, row):\n    return own_words.score(answer)\n"
+
+
+FUNCTION, COMMAND, JUDGE = "python:own_signal:judge", f"command:{sys.executable} -S checker.py", "judge:model"
+
+
+@pytest.mark.parametrize(
+    ("signal", "changed"),
+    [
+        (FUNCTION, "own_signal.py"),
+        (FUNCTION, "own_words.py"),
+        (COMMAND, "checker.py"),
+        (JUDGE, "model/model.safetensors"),
+        (JUDGE, "versions"),
+    ],
+)
+def test_results_of_a_changed_checker_or_model_are_not_mixed(folder, monkeypatch, capsys, signal, changed):
+    save_tiny_checkpoint(folder / "model")
+    (folder / "own_signal.py").write_text(OWN_SIGNAL)
+    (folder / "own_words.py").write_text("score = len\n")
+    (folder / "checker.py").write_text("print(2)\n")
+    command = interrupt(monkeypatch, "--signals", signal, "--allow_commands", "--device", "cpu")
+    if changed == "versions":
+        monkeypatch.setattr("dpo_fast.curate.identity.version", lambda package: "1.0")
+    else:
+        (folder / changed).write_bytes((folder / changed).read_bytes() + b"\n")
+    capsys.readouterr()
+    assert main(command) == 2
+    named = "versions" if changed == "versions" else f"files of the signal {signal}"
+    assert f"left by an interrupted run with other {named}: rerun with those to resume it" in capsys.readouterr().err
 
 
 def test_people_judge_by_another_module(monkeypatch):

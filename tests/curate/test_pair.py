@@ -34,6 +34,20 @@ def test_which_pairs_are_made():
     assert [gap for _, _, gap in pairs_of(ROW, pairs="all", pairs_per_prompt=3)] == [2.0, 2.0, 1.0]
 
 
+def test_what_the_template_is_given_is_kept():
+    row = ROW | {"system": "Be brief.", "chat_template_kwargs": {"mode": "fast"}, "tools": [{"name": "a"}], "other": 1}
+    (pair,), _, _ = pair_rows([row], PairConfig())
+    kept = ("system", "chat_template_kwargs", "tools")
+    assert {name: pair.get(name) for name in (*kept, "other")} == {name: row[name] for name in kept} | {"other": None}
+    names = {"system_column": "s", "chat_template_kwargs_column": None, "tools_column": "t"}
+    (pair,), _, _ = pair_rows([row | {"s": "x", "t": [{"name": "b"}]}], PairConfig(**names))
+    assert (pair["s"], pair["t"]) == ("x", [{"name": "b"}])
+    assert pair.keys().isdisjoint(kept)
+    (pair,), _, _ = pair_rows([ROW | {"system_prompt": "x"}], PairConfig())
+    found = to_preference(pair, DataConfig(), has_chat_template=True)
+    assert found.prompt == [{"role": "system", "content": "x"}, {"role": "user", "content": "p"}]
+
+
 def test_unscored_answers_and_tied_prompts_are_dropped_and_counted():
     rows = [
         ROW | {"scores": [None, 1.0, None, 0.0]},

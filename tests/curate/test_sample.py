@@ -151,6 +151,27 @@ def test_strings_become_turns_if_the_model_has_a_template(model, tmp_path):
     assert plain["responses"] == answer_rows(PROMPTS[:1], config_of(model), console=QUIET)[0]["responses"]
 
 
+def test_columns_of_the_template_may_have_other_names(model, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ mode }}{{ tone }}" + TEMPLATE + "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}")
+    row = {"q": "The", "s": "Be brief.", "t": [{"name": "search"}], "k": {"mode": "fast"}}
+    names = {"prompt_column": "q", "system_column": "s", "tools_column": "t", "chat_template_kwargs_column": "k"}
+    config = config_of(
+        model, chat_template=str(template), chat_template_kwargs={"tone": "calm", "mode": "slow"}, **names
+    )
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairTokenizer, "prompt_ids", lambda self, *arguments: seen.append(arguments) or [5])
+        (written,) = answer_rows([row], config, console=QUIET)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The"}]
+    assert seen == [(turns, [{"name": "search"}], {"mode": "fast", "tone": "calm"})]
+    assert {name: written[name] for name in row} == row | {"q": turns}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairTokenizer, "prompt_ids", lambda self, *arguments: seen.append(arguments) or [5])
+        answer_rows([row], replace(config, system_column=None, chat_template_kwargs_column=None), console=QUIET)
+    assert seen[1] == (turns[1:], [{"name": "search"}], {"mode": "slow", "tone": "calm"})
+
+
 def test_rows_without_a_prompt_are_dropped_and_named(model, capsys):
     rows = [{"prompt": ""}, {"question": "?"}, {"prompt": 3}, {"prompt": "The"}]
     written = answer_rows(rows, config_of(model), console=Console())
@@ -206,13 +227,37 @@ def test_a_killed_command_resumes_to_the_same_answers(model, tmp_path):
     assert not log.exists()
 
 
+@pytest.mark.parametrize("change", ["model.safetensors", "tokenizer.json", "template.jinja", "versions"])
+def test_answers_of_a_changed_model_are_not_mixed(tmp_path, monkeypatch, capsys, change):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_checkpoint(tmp_path / "model")
+    Path("template.jinja").write_text(TEMPLATE)
+    Path("prompts.jsonl").write_text(json.dumps(PROMPTS[0]) + "\n")
+    command = ["sample", "--model", "model", "--data", "prompts.jsonl", "--out", "out.jsonl", "--max-new-tokens", "2"]
+    command += ["--chat_template", "template.jinja", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_fast.curate.sample.write_rows", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main(command) == 130
+    named = "files of the model model"
+    if change == "versions":
+        named = "versions"
+        monkeypatch.setattr("dpo_fast.curate.identity.version", lambda package: "1.0")
+    else:
+        file = tmp_path / change if change == "template.jinja" else tmp_path / "model" / change
+        named = "chat template" if change == "template.jinja" else named
+        file.write_bytes(file.read_bytes() + b" ")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert f"left by an interrupted run with other {named}: rerun with those to resume it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"model": ""}, "no model given"),
         ({"model": []}, "no model given"),
         ({"model": "./nowhere"}, "no such folder"),
-        ({"temperature": -1.0}, "--temperature -1.0: expected 0 or above"),
+        ({"temperature": -1.0}, "--temperature -1.0: expected a number, 0 or above"),
         ({"temperature": [0.5, 1.0], "num_samples": 1}, "--num_samples 1: expected at least one for each of the 2"),
         ({"top_p": 0.0}, "--top_p 0.0"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0"),

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import datasets
+import pyarrow
 import pyarrow.parquet
 import pytest
 from chat_templates import family_tokenizer
@@ -12,6 +13,7 @@ from preference_rows import GOOD, USER, load, texts, write
 
 from dpo_fast.config import DataConfig
 from dpo_fast.data.load import load_groups
+from dpo_fast.data.rows import read_rows
 from dpo_fast.errors import UserError
 
 
@@ -142,3 +144,23 @@ def test_keys_that_are_named_twice_are_counted(tmp_path, name):
     places = ["row 1", "row 2"] if name == "rows.json" else ["line 2", "line 3"]
     assert report.causes["duplicate_keys"] == places
     assert tiny_tokenizer().decode(groups[1].answers[0]) == " quick fox<eos>"
+
+
+def test_a_line_without_an_end_is_named(tmp_path, monkeypatch):
+    """A compressed file may hold any length of it."""
+    monkeypatch.setattr("dpo_fast.data.rows.LINE_BYTES", 1000)
+    for name, opened in (("a.jsonl", open), ("a.jsonl.gz", gzip.open)):
+        with opened(tmp_path / name, "wb") as file:
+            file.write(b'{"a": 1}\n' + b"x" * 1001)
+        rows = read_rows(str(tmp_path / name))
+        assert next(rows).value == {"a": 1}
+        with pytest.raises(UserError, match=rf"{name}, line 2: longer than 0 MiB; expected one row a line"):
+            next(rows)
+
+
+def test_a_value_that_python_cannot_hold_is_named(tmp_path):
+    """Microseconds that lead to a year far beyond 9999."""
+    values = pyarrow.array([0, 2**61], type=pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"when": values, "prompt": ["a", "b"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: column 'when' holds a value that cannot be read"):
+        list(read_rows(str(tmp_path / "a.parquet")))

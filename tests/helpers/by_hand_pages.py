@@ -27,7 +27,8 @@ def session_of(rows, folder, **settings):
     """A session over rows, kept in `folder`; entering it again resumes it."""
     config = LabelConfig(data="rows", **settings)
     items = to_items(rows, config, Console(quiet=True))
-    with WorkLog(folder / "out.jsonl", "", overwrite=False) as log:
+    folder.mkdir(exist_ok=True)
+    with WorkLog(folder / "out.jsonl", {}, overwrite=False) as log:
         yield JudgingSession(items, make_queue(items, config), log)
 
 

@@ -229,7 +229,7 @@ def test_new_rows_are_evaluated_after_training(tmp_path, store):
 
 def test_an_option_that_the_loss_does_not_read_is_refused(tmp_path):
     """TRL ignores it."""
-    with pytest.raises(ValueError, match=r"label_smoothing 0.1: not read by --loss_type sigmoid; .* cdpo"):
+    with pytest.raises(ValueError, match=r"^label_smoothing 0.1: not read by loss_type sigmoid; .* cdpo"):
         make_trainer(DPOTrainer, tmp_path, label_smoothing=0.1)
 
 

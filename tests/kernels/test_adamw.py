@@ -1,5 +1,7 @@
 """The fused AdamW's PyTorch path against `torch.optim.AdamW` in fp64, and its 8-bit codes against hand-made bounds."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -231,3 +233,33 @@ def test_a_gradient_that_does_not_fit_is_refused_and_nothing_is_stepped(grads, m
         adamw_step_([slot], grads, Hyper(1e-3, *BETAS, EPS, 0.0, 1))
     assert (slot.weight == 1).all()
     assert not slot.moments.any()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "launches"),
+    [
+        ([(64, 48)], ["adamw_single_kernel"]),
+        ([(64, 48), (16,), (32, 16)], ["adamw_kernel"]),
+        ([(64, 48), (16,), (17,), (3, 5)], ["adamw_kernel", "adamw_kernel"]),
+    ],
+)
+def test_all_tensors_of_a_dtype_take_one_launch_and_odd_sizes_a_second(shapes, launches):
+    """Programs: one for each 4 blocks of 256 elements of a tensor."""
+    from triton.runtime.jit import JITFunction
+
+    from dpo_fast.kernels import adamw_triton
+
+    caught = []
+    slots = [Slot.zeros(torch.empty(shape, dtype=torch.bfloat16, device="meta")) for shape in shapes]
+    with mock.patch.object(JITFunction, "run", lambda self, *_, grid, **__: caught.append((self.__name__, grid))):
+        adamw_triton.step_(slots, [slot.weight for slot in slots], Hyper(1e-3, *BETAS, EPS, 0.0, 1), None)
+    assert [name for name, _ in caught] == launches
+    assert sum(grid[0] for _, grid in caught) == sum(-(-slot.weight.numel() // 1024) for slot in slots)
+
+
+def test_a_step_moves_twelve_bytes_per_parameter():
+    """Weight, remainder and moments are read and written, the gradient is read; 4 bytes more per block of 256."""
+    slot = Slot.zeros(torch.zeros(256, 256, dtype=torch.bfloat16))
+    state = [slot.weight, slot.remainder, slot.moments, slot.exponents]
+    moved = 2 * sum(x.nbytes for x in state) + torch.empty_like(slot.weight).nbytes
+    assert moved / slot.weight.numel() == 12 + 4 / 256

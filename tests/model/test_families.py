@@ -2,12 +2,16 @@
 
 import copy
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from chat_templates import family_tokenizer
+from inference_rows import REFUSED, ROWS, SETTINGS, expected_causes, runs
 from oracle import random_groups
+from preference_rows import load
 
 from dpo_fast.model.attention import CannotPack, use_own_attention, use_packed_attention
 from dpo_fast.model.check import with_fitting_layout
@@ -120,12 +124,18 @@ def gradients(logps, model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def settings_of(name):
+    """The configuration of a family."""
+    if name in ONE_BY_ONE:
+        return ONE_BY_ONE[name]
+    own = {"vocab_size", "initializer_range", "bos_token_id", "eos_token_id"}
+    base = {k: v for k, v in COMMON.items() if k in own} if name == "GPT2" else COMMON
+    return {**base, **FAMILIES[name]}
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    settings = FAMILIES[request.param]
-    own = {"vocab_size", "initializer_range", "bos_token_id", "eos_token_id"}
-    base = {k: v for k, v in COMMON.items() if k in own} if request.param == "GPT2" else COMMON
-    return make(request.param, {**base, **settings})
+    return make(request.param, settings_of(request.param))
 
 
 def test_packed_is_the_models_own_forward_and_backward(family):
@@ -226,7 +236,7 @@ def test_nothing_drops_out_in_training(family_name, attribute, tmp_path):
     policy = as_policy(model)
     batch = pack(random_groups(2))
     want = policy.score(batch)
-    policy.set_trainable(gradient_checkpointing=False)
+    policy.set_trainable()
     assert torch.equal(policy.score(batch), want)
 
 
@@ -250,3 +260,70 @@ def test_router_loss_is_the_models_own(family_name):
     filled = replace(policy, static_tokens=100)
     torch.testing.assert_close(filled.forward(pack([group])).router_loss, want, rtol=1e-5, atol=1e-7)
     assert replace(policy, router_loss_coef=0.0).forward(pack([group])).router_loss is None
+
+
+def test_llama_4_with_temperatures_is_computed_answer_by_answer():
+    """Its layers without rotary positions scale queries by their place in the pack."""
+    tuned = {"no_rope_layers": [1, 0], "attn_temperature_tuning": True, "floor_scale": 8, "attn_scale": 0.3}
+    model = make("Llama4Text", settings_of("Llama4Text") | tuned)
+    groups = random_groups(4)
+    want = own_logps(copy.deepcopy(model), groups)
+    packed = as_policy(model)
+    assert (packed.score(pack(groups)) - want).abs().max() > 1e-3
+    careful = with_fitting_layout(packed, groups)
+    assert not careful.shares_prompts
+    torch.testing.assert_close(careful.score(pack(groups)).double(), want, rtol=0, atol=1e-4)
+
+
+TEMPLATES = dict(zip(FAMILIES, cycle(SETTINGS), strict=False))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rendered_rows_are_scored_as_at_inference(name, tmp_path):
+    """Rows of all kinds by a published template, in one pack: each turn as the model reads it alone at inference."""
+    template, kwargs = TEMPLATES[name]
+    tokenizer = family_tokenizer(template)
+    kinds = [k for k in ROWS if (template, k) not in REFUSED and not expected_causes(template, kwargs, k)]
+    kinds = kinds or ["single"]  # DeepSeek's template renders no row as inference does, and each row says so
+    rows = [ROWS[kind] | {"chat_template_kwargs": kwargs} for kind in kinds]
+    groups, report = load(tmp_path, rows, tokenizer, max_length=None)
+    assert len(groups) == len(rows)
+    model = make(name, settings_of(name) | {"vocab_size": len(tokenizer) + 3})
+    batch = pack(groups)
+    with torch.no_grad():
+        parts = iter(as_policy(copy.deepcopy(model)).token_logps(batch).split(batch.answer_lengths.tolist()))
+        for group, row in zip(groups, rows, strict=True):
+            for number, answer in enumerate((row["chosen"], row["rejected"])):
+                stretches = runs(group, number)
+                want = [inference_logps(model, *stretch) for stretch in stretches]
+                torch.testing.assert_close(next(parts).double(), torch.cat(want), rtol=0, atol=2e-5)
+                if template == "deepseek":
+                    assert "differs_from_inference" in report.causes
+                    continue
+                turns = [*row["prompt"], *answer]
+                options = {"tools": row.get("tools"), "tokenize": False, **kwargs}
+                last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+                before = tokenizer.apply_chat_template(turns[:last], add_generation_prompt=True, **options)
+                whole = tokenizer.apply_chat_template(turns[: last + 1], **options)
+                context, scored = stretches[-1]
+                assert context == tokenizer(before, add_special_tokens=False).input_ids
+                assert tokenizer.decode([*context, *scored]) == whole
+
+
+def inference_logps(model, context, scored):
+    """Log-probs of the tokens that a model would write after a context, by its own eager forward."""
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[*context, *scored]])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(-1, ids[0, len(context) :, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ONE_BY_ONE])
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_model_loads_whole(name, tmp_path):
+    """Tied heads and buffers that files lack are no missing weights."""
+    model = make(name, settings_of(name))
+    model.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), torch.float32)
+    for (key, want), got in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(want, got), key

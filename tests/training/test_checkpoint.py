@@ -23,6 +23,7 @@ from dpo_fast.training.checkpoint import (
     save_state,
     verify_checkpoint,
 )
+from dpo_fast.training.fused_adamw import AdamW8bitFused
 
 pytestmark = pytest.mark.slow
 
@@ -269,6 +270,7 @@ OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=False),
     "adamw fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
     "adamw 8-bit": lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2),
+    "adamw 8-bit fused": lambda parameters: AdamW8bitFused(parameters, lr=1e-2),
 }
 
 

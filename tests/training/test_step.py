@@ -86,7 +86,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     grads = []
     for checkpointing in (False, True):
         policy = as_policy(tiny_llama(seed=5))
-        policy.set_trainable(gradient_checkpointing=checkpointing)
+        policy.set_trainable(checkpointing="full" if checkpointing else "none")
         step(policy, DPOConfig(), [pairs.pack([0, 1, 2])], num_pairs=3)
         grads.append([p.grad for p in policy.model.parameters()])
     for got, want in zip(*grads, strict=True):

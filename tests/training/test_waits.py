@@ -84,6 +84,7 @@ def test_our_loop_waits_once_a_report(tmp_path, monkeypatch):
     train(config, console=Console(quiet=True))
     assert found.pop("guards.check") == 6  # on a CPU alone, where it costs nothing: after every step
     assert found.pop("objective.<genexpr>") == 1  # ln 2, of tensors on the host, for step 0
+    assert found.pop("finite.not_finite") == 1  # the weights before they are saved
     assert found == {"metrics.read": 3 + 1}
 
 

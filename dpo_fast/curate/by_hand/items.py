@@ -61,7 +61,7 @@ def _item(row: Row, number: int, config: LabelConfig) -> Item:
     answers = responses_of(row, config.responses_column, number)
     if not all(isinstance(m, dict) for answer in answers if isinstance(answer, list) for m in answer):
         raise RowError("wrong_type", f"field {config.responses_column!r}: expected strings or messages")
-    prompt, _ = to_prompt(row, config.prompt_column, DataConfig.tools_column)
+    prompt, _ = to_prompt(row, DataConfig(prompt_column=config.prompt_column, system_column=config.system_column))
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,13 +18,11 @@ from dpo_fast.config import LabelConfig
 from dpo_fast.console import say
 from dpo_fast.curate.by_hand.comparisons import make_queue
 from dpo_fast.curate.by_hand.items import to_items
-from dpo_fast.curate.by_hand.session import JudgingSession
-from dpo_fast.curate.rows import check_out, read_objects, write_rows
-from dpo_fast.curate.worklog import WorkLog, fingerprint, log_path
+from dpo_fast.curate.by_hand.session import WRITTEN, JudgingSession, is_entry
+from dpo_fast.curate.rows import check_out, hold_output, read_objects, to_lines
+from dpo_fast.curate.worklog import WorkLog, log_path
 from dpo_fast.errors import UserError
-
-# Key in the log: hash of the last result that was written from it, which a later one may replace.
-_WRITTEN = "written"
+from dpo_fast.files import write_file_atomically
 
 
 def run_by_hand(config: LabelConfig, *, console: Console | None = None) -> Path:
@@ -43,9 +42,18 @@ def run_by_hand(config: LabelConfig, *, console: Console | None = None) -> Path:
     if not queue:
         raise UserError(f"--data {config.data}: nothing to compare: no row has two answers that differ")
     settings = {name: getattr(config, name) for name in ("prompt_column", "responses_column", "pairs")}
-    key = fingerprint(settings, [item.row for item in items], [asdict(comparison) for comparison in queue])
-    with WorkLog(out, key, overwrite=config.overwrite) as log, _sigterm_as_interrupt():
-        if out.exists() and not config.overwrite and _digest(out) != log.results.get(_WRITTEN):
+    depends_on = {
+        "settings": settings,
+        "rows": [item.row for item in items],
+        "comparisons": [asdict(comparison) for comparison in queue],
+    }
+    is_valid = partial(is_entry, num_places=len(queue))
+    with (
+        hold_output(out),
+        WorkLog(out, depends_on, overwrite=config.overwrite, is_valid=is_valid) as log,
+        _signals_as_interrupts(),
+    ):
+        if out.exists() and not config.overwrite and _digest(out) not in log.results.get(WRITTEN, []):
             raise UserError(
                 f"--out {out} was not written from {log.path}: choose another file, or replace it with --overwrite true"
             )
@@ -66,8 +74,6 @@ def _check(config: LabelConfig) -> None:
             f"--by-hand needs {' and '.join(missing)} for its page: pip install 'dpo-fast[by-hand]', or judge in the "
             "terminal with --terminal"
         )
-    if not 0 <= config.repeat_share <= 1:
-        raise UserError(f"--repeat_share {config.repeat_share}: expected a share, from 0 to 1")
 
 
 def _judge(session: JudgingSession, config: LabelConfig, console: Console) -> None:
@@ -86,16 +92,18 @@ def _judge(session: JudgingSession, config: LabelConfig, console: Console) -> No
 
 def _write(out: Path, session: JudgingSession, log: WorkLog, console: Console) -> None:
     progress = session.progress()
-    if not progress.done and not out.exists():
+    if not progress.done and not log.num_damaged and not out.exists():
         log.finish()
         say(console, "nothing was judged, nothing is written")
         return
-    write_rows(out, session.rows())
+    content = to_lines(session.rows())
+    # Before it is written: killed in between, the next run must know both files as its own.
+    log.add({WRITTEN: [*([_digest(out)] if out.exists() else []), xxhash.xxh3_128_hexdigest(content.encode())]})
+    write_file_atomically(out, content)
     say(console, f"{progress.render()}: {out}")
     if session.is_finished:
         log.finish()
     else:
-        log.add({_WRITTEN: _digest(out)})
         say(console, f"rerun the same command to resume ({log.path} keeps the judgements)")
 
 
@@ -104,13 +112,17 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C, so that the result is written."""
+def _signals_as_interrupts() -> Iterator[None]:
+    """Handle SIGTERM and SIGHUP like Ctrl-C, so that the result is written; a SIGHUP that is ignored stays so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dpo_fast.console import visible
 from dpo_fast.curate.by_hand.session import CHOICES, JudgingSession, StaleError
-from dpo_fast.errors import UserError
+from dpo_fast.errors import UserError, WriteError
 
 HOST = "127.0.0.1"
 # How long the last judgement can still be undone once all is judged.
@@ -120,8 +120,8 @@ class PageServer:
             change()
         except StaleError:
             return self._answer(409)
-        except OSError as error:
-            return _json({"error": f"not saved, so it does not count: {error.strerror or error}"}, 507)
+        except WriteError as error:
+            return _json({"error": f"not saved, so it does not count: {error}"}, 507)
         return self._answer(200)
 
     def _answer(self, status: int) -> Response:

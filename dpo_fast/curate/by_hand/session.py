@@ -1,7 +1,7 @@
 """One person's judgements of a queue of comparisons.
 
-Judgements are made in the order of the queue, so the last one made is always the furthest along. A judgement is logged
-under its place in the queue; undoing it sets that entry to null.
+The current comparison is the first one without a judgement, which may lie behind others if the log was damaged. A
+judgement is logged under its place in the queue; undoing it sets that entry to null.
 """
 
 from __future__ import annotations
@@ -19,10 +19,25 @@ from dpo_fast.curate.worklog import WorkLog
 Choice = Literal["left", "right", "tie", "skip"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 BY_HAND = "by_hand"
+# Key in the log: hashes of the results written from it that may be there, which a later one may replace.
+WRITTEN = "written"
 
 
 class StaleError(Exception):
     """A judgement of a comparison that is not the current one."""
+
+
+def is_entry(key: str, value: Any, num_places: int) -> bool:
+    """Whether a key with its result is an entry of the log of a queue of `num_places` comparisons."""
+    if key == WRITTEN:
+        return isinstance(value, str | list)
+    is_judgement = value is None or (
+        isinstance(value, dict)
+        and value.keys() == {"choice", "seconds"}
+        and value["choice"] in CHOICES
+        and isinstance(value["seconds"], float)
+    )
+    return is_judgement and key in map(str, range(num_places))
 
 
 @dataclass(frozen=True)
@@ -67,20 +82,24 @@ class JudgingSession:
     ) -> None:
         self._items, self._queue, self._log, self._clock = items, queue, log, clock
         self._shown_at: float | None = None
-        places = sorted(int(key) for key, value in log.results.items() if key.isdigit() and value is not None)
-        self._judged: dict[int, dict[str, Any]] = {place: log.results[str(place)] for place in places}
+        # In the order of judging, which undoing reverses.
+        self._judged: dict[int, dict[str, Any]] = {
+            int(key): value for key, value in log.results.items() if key != WRITTEN and value is not None
+        }
 
     @property
     def place(self) -> int:
         """Place of the current comparison; the queue's length when all are judged."""
-        place = next(reversed(self._judged), -1) + 1
-        while place < len(self._queue) and self._is_left_out(self._queue[place]):
-            place += 1
-        return place
+        open_places = (place for place in range(len(self._queue)) if not self._is_done(place))
+        return next(open_places, len(self._queue))
 
-    def _is_left_out(self, comparison: Comparison) -> bool:
-        """Whether this is the repeat of a comparison that was skipped."""
-        return comparison.first is not None and self._choice(comparison.first) == "skip"
+    def _is_done(self, place: int) -> bool:
+        return place in self._judged or self._is_left_out(place)
+
+    def _is_left_out(self, place: int) -> bool:
+        """Whether this is the repeat of a comparison that was skipped, and was not judged itself."""
+        first = self._queue[place].first
+        return place not in self._judged and first is not None and self._choice(first) == "skip"
 
     def _choice(self, place: int) -> Choice | None:
         return self._judged[place]["choice"] if place in self._judged else None
@@ -114,7 +133,7 @@ class JudgingSession:
 
         Raises:
             StaleError: it is not the current comparison.
-            OSError: the judgement could not be written and does not count.
+            WriteError: the judgement could not be written and does not count.
         """
         if self.is_finished or place != self.place:
             raise StaleError
@@ -132,12 +151,13 @@ class JudgingSession:
 
         Raises:
             StaleError: it is not, or there is no judgement.
-            OSError: the change could not be written, and the judgement still counts.
+            WriteError: the change could not be written, and the judgement still counts.
         """
         if not self._judged or place != self.place:
             raise StaleError
         last = next(reversed(self._judged))
-        self._log.add({str(last): None})
+        # Twice: a judgement that was taken back must not return because one line is damaged.
+        self._log.add({str(last): None}, copies=2)
         del self._judged[last]
         self._shown_at = None
 
@@ -147,11 +167,14 @@ class JudgingSession:
         agreements = [
             self._better(place) == self._better(comparison.first)
             for place, comparison in enumerate(self._queue)
-            if comparison.first is not None and self._choice(place) not in (None, "skip")
+            if comparison.first is not None and self._has_verdict(place) and self._has_verdict(comparison.first)
         ]
-        total = sum(not self._is_left_out(comparison) for comparison in self._queue)
+        total = sum(not self._is_left_out(place) for place in range(len(self._queue)))
         seconds = sum(judgement["seconds"] for judgement in self._judged.values())
         return Progress(len(choices), total, choices.count("skip"), len(agreements), sum(agreements), seconds)
+
+    def _has_verdict(self, place: int) -> bool:
+        return self._choice(place) not in (None, "skip")
 
     def _better(self, place: int) -> int | None:
         """Index of the preferred answer; None for a tie."""

@@ -9,6 +9,7 @@ from rich.text import Text
 from dpo_fast.console import visible
 from dpo_fast.curate.by_hand.items import Item
 from dpo_fast.curate.by_hand.session import Choice, JudgingSession
+from dpo_fast.errors import WriteError
 
 _WORDS: dict[str, Choice] = {"l": "left", "1": "left", "r": "right", "2": "right", "t": "tie", "0": "tie", "s": "skip"}
 _ASK = "[l] left is better  [r] right  [t] tie  [s] skip  [u] undo  [q] quit > "
@@ -44,8 +45,8 @@ def _apply(word: str, place: int, session: JudgingSession, console: Console) -> 
             session.judge(place, _WORDS[word])
         else:
             console.print(Text("nothing to undo" if word == "u" else "expected one of l, r, t, s, u, q"))
-    except OSError as error:
-        console.print(Text(f"not saved, so it does not count: {error.strerror or error}"))
+    except WriteError as error:
+        console.print(Text(f"not saved, so it does not count: {error}"))
 
 
 def _print(session: JudgingSession, console: Console) -> None:

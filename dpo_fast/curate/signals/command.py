@@ -21,12 +21,14 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from dpo_fast.config import SignalConfig
+from dpo_fast.curate.identity import command_identity
 from dpo_fast.curate.sandbox.output import Output
 from dpo_fast.curate.sandbox.processes import (
     descendants,
@@ -36,9 +38,10 @@ from dpo_fast.curate.sandbox.processes import (
     remove_tree,
     wait_until,
 )
-from dpo_fast.curate.signals.declare import Limits, bad_spec, text_signal
+from dpo_fast.curate.signals.declare import TMPDIR_CURE, Limits, bad_spec, text_signal
 from dpo_fast.curate.verdict import TextSignal, Unjudged
 from dpo_fast.errors import UserError
+from dpo_fast.files import write_errors
 
 if TYPE_CHECKING:
     from dpo_fast.curate.rows import Row
@@ -52,7 +55,7 @@ _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "VIRTUAL_ENV", "PYTH
 
 
 # It stops the program at `--timeout` itself and then needs a moment to clean up.
-@text_signal("command:PROGRAM ARG...", limits=Limits(timeout_grace=2.0), is_slow=True)
+@text_signal("command:PROGRAM ARG...", limits=Limits(timeout_grace=2.0), is_slow=True, identity=command_identity)
 def command(argument: str, config: SignalConfig) -> TextSignal:
     """A checker; call it only in a process without other children, such as `workers.worker`.
 
@@ -82,16 +85,22 @@ class _Checker:
         self.config = config
 
     def __call__(self, answer: str, row: Row) -> float:
-        # Without symlinks: `end_those_in` finds what was started here by this path.
-        folder = Path(tempfile.mkdtemp(prefix="command-")).resolve()
+        with _scratch_errors():
+            # Without symlinks: `end_those_in` finds what was started here by this path.
+            folder = Path(tempfile.mkdtemp(prefix="command-")).resolve()
         try:
-            (folder / "answer.txt").write_bytes(answer.encode(errors="replace"))
-            (folder / "row.json").write_text(json.dumps(row, default=str), encoding="ascii")
+            with _scratch_errors():
+                (folder / "answer.txt").write_bytes(answer.encode(errors="replace"))
+                (folder / "row.json").write_text(json.dumps(row, default=str), encoding="ascii")
             return _Run(self.argv, self.config, folder).score()
         finally:
             if not have_children_ended()[0]:
                 end_descendants(os.getpid())
             remove_tree(folder)
+
+
+def _scratch_errors() -> AbstractContextManager[None]:
+    return write_errors(Path(tempfile.gettempdir()), cure=TMPDIR_CURE)
 
 
 class _Run:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar
 
 from dpo_fast.config import SignalConfig
+from dpo_fast.curate.identity import Identity
 from dpo_fast.curate.verdict import Question, TextSignal, Verdict
 from dpo_fast.errors import UserError
 
 # Seconds beyond `--timeout` after which a process that does not return is killed.
 KILL_GRACE = 5.0
+# What to do when there is no room for temporary files.
+TMPDIR_CURE = "TMPDIR names it; rerun the same command to resume"
 
 
 class RowSignal(Protocol):
@@ -55,7 +58,8 @@ class Declaration:
         build_rows: makes a signal that judges many rows; None for the other kind.
         limits: what the process that calls it enforces.
         is_slow: every answer is worth the start of a worker process (0.1 s).
-        reads_file: its argument names a file whose contents the scores depend on.
+        identity: argument -> hashes of the files or the model that it names, which the scores depend on; called once
+            the signal is built. None if the scores depend on nothing else.
     """
 
     usages: tuple[str, ...]
@@ -63,29 +67,32 @@ class Declaration:
     build_rows: RowBuilder | None = None
     limits: Limits = Limits()
     is_slow: bool = False
-    reads_file: bool = False
+    identity: Callable[[str], Identity] | None = None
 
 
 SIGNALS: dict[str, Declaration] = {}
 
 
 def text_signal(
-    *usages: str, limits: Limits = Limits(), is_slow: bool = False, reads_file: bool = False
+    *usages: str,
+    limits: Limits = Limits(),
+    is_slow: bool = False,
+    identity: Callable[[str], Identity] | None = None,
 ) -> Callable[[_TextBuilder], _TextBuilder]:
     """Declare a signal that judges one answer by its text and its row, in a worker process: answers are hostile."""
 
     def declare(build: _TextBuilder) -> _TextBuilder:
-        _add(Declaration(usages, build_text=build, limits=limits, is_slow=is_slow, reads_file=reads_file))
+        _add(Declaration(usages, build_text=build, limits=limits, is_slow=is_slow, identity=identity))
         return build
 
     return declare
 
 
-def row_signal(*usages: str) -> Callable[[_RowBuilder], _RowBuilder]:
+def row_signal(*usages: str, identity: Callable[[str], Identity] | None = None) -> Callable[[_RowBuilder], _RowBuilder]:
     """Declare a signal that judges many rows at once in the main process: it reads a column or asks a model."""
 
     def declare(build: _RowBuilder) -> _RowBuilder:
-        _add(Declaration(usages, build_rows=build))
+        _add(Declaration(usages, build_rows=build, identity=identity))
         return build
 
     return declare

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.config import SignalConfig
+from dpo_fast.curate.identity import function_identity
 from dpo_fast.curate.signals.declare import Limits, bad_spec, text_signal
 from dpo_fast.curate.verdict import TextSignal, Unjudged
 from dpo_fast.user_code import load_function
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from dpo_fast.curate.rows import Row
 
 
-@text_signal("python:module:function", limits=Limits(memory=False), is_slow=True)
+@text_signal("python:module:function", limits=Limits(memory=False), is_slow=True, identity=function_identity)
 def own_function(argument: str, config: SignalConfig) -> TextSignal:
     """`python:module:function`: the number or boolean that `function(answer, row)` returns."""
     if not argument.partition(":")[2]:

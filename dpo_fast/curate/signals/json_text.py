@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpo_fast.config import SignalConfig
+from dpo_fast.curate.identity import file_identity
 from dpo_fast.curate.signals.declare import bad_spec, text_signal
 from dpo_fast.curate.verdict import TextSignal
 from dpo_fast.errors import UserError
@@ -60,7 +61,7 @@ def _is_json(kind: type, answer: str, row: Row) -> float:
     return float(value is not _INVALID and isinstance(value, kind))
 
 
-@text_signal("json_schema:FILE", reads_file=True)
+@text_signal("json_schema:FILE", identity=file_identity)
 def json_schema(argument: str, config: SignalConfig) -> TextSignal:
     """`json_schema:FILE`: 1 if the whole answer is JSON that a JSON Schema allows, else 0."""
     spec = f"json_schema:{argument}"

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from dpo_fast.curate.identity import model_identity
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
@@ -33,7 +34,7 @@ Reply with the letter of the better answer, A or B, and nothing else."""
 _LETTERS = ("A", "B")
 
 
-@row_signal("judge:NAME")
+@row_signal("judge:NAME", identity=model_identity)
 class Judge(ModelSignal):
     """`judge:NAME`: the share of its comparisons that an answer wins, a tie counting half.
 
@@ -55,7 +56,7 @@ class Judge(ModelSignal):
         from dpo_fast.model.load import load_model
 
         try:
-            model: Any = load_model(self.name, self.dtype)
+            model: Any = load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
         use_own_attention(model)

@@ -39,6 +39,7 @@ class ModelSignal:
         self.spec = f"{self.kind}:{name}"
         self.batch_size = config.judge_batch_size
         self.device_name = getattr(config, "device", "auto")
+        self.trust_remote_code = config.trust_remote_code
 
     @cached_property
     def device(self) -> torch.device:
@@ -60,7 +61,7 @@ class ModelSignal:
         from dpo_fast.model.load import load_tokenizer
 
         try:
-            tokenizer = load_tokenizer(self.name)
+            tokenizer = load_tokenizer(self.name, trust_remote_code=self.trust_remote_code)
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
         tokenizer.padding_side = self.padding_side
@@ -117,9 +118,13 @@ class ModelSignal:
         """
         from jinja2 import TemplateError
 
+        from dpo_fast.data.template_limits import template_limits
+
         plain = [{name: text.encode(errors="replace").decode() for name, text in m.items()} for m in messages]
         try:
-            return self.check(self.tokenizer.apply_chat_template(plain, return_dict=True, **options))
+            with template_limits(self.tokenizer.chat_template):
+                tokens = self.tokenizer.apply_chat_template(plain, return_dict=True, **options)
+            return self.check(tokens)
         except TemplateError as error:
             raise Unjudged(f"the model's chat template refuses it: {error}") from error
 

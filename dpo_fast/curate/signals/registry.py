@@ -9,6 +9,7 @@ from pkgutil import iter_modules
 
 import dpo_fast.curate.signals as folder
 from dpo_fast.config import SignalConfig
+from dpo_fast.curate.identity import Identity
 from dpo_fast.curate.signals.declare import SIGNALS, Declaration, RowSignal
 from dpo_fast.curate.verdict import TextSignal
 from dpo_fast.errors import UserError
@@ -41,6 +42,15 @@ class Signal:
         """What follows its name."""
         return self.spec.partition(":")[2]
 
+    @property
+    def identity(self) -> Identity:
+        """Hashes of the files or the model that its scores depend on; None if there are none.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return self.declaration.identity and self.declaration.identity(self.argument)
+
 
 def known_signals() -> str:
     """How every signal is written, in alphabetical order: `command:PROGRAM ARG..., compiles:python, ...`."""
@@ -62,8 +72,6 @@ def parse_signals(config: SignalConfig) -> list[Signal]:
     weights = [1.0] * len(specs) if config.signal_weights is None else config.signal_weights
     if len(weights) != len(specs) or not all(map(math.isfinite, weights)):
         raise UserError(f"--signal_weights {weights}: expected {len(specs)} numbers, one for each of {specs}")
-    if config.timeout <= 0:
-        raise UserError(f"--timeout {config.timeout:g}: expected seconds above 0")
     return [_build(spec, weight, config) for spec, weight in zip(specs, weights, strict=True)]
 
 

@@ -7,17 +7,18 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from dpo_fast.curate.identity import model_identity
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
-from dpo_fast.curate.verdict import Question, Verdict, describe, verdict_of
+from dpo_fast.curate.verdict import Question, Verdict, verdict_of
 from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@row_signal("reward-model:NAME")
+@row_signal("reward-model:NAME", identity=model_identity)
 class RewardModel(ModelSignal):
     """`reward-model:NAME`: the one logit of a sequence classifier on prompt and answer."""
 
@@ -33,13 +34,18 @@ class RewardModel(ModelSignal):
         """
         from transformers import AutoModelForSequenceClassification
 
+        from dpo_fast.model.load import load_config, load_weights
+
         tokenizer = self.tokenizer
         try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.name, dtype=self.dtype, output_loading_info=True
+            config = load_config(self.name, trust_remote_code=self.trust_remote_code)
+            model, found = load_weights(
+                AutoModelForSequenceClassification,
+                *(self.name, config, self.dtype),
+                trust_remote_code=self.trust_remote_code,
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"--signals {self.spec}: cannot load it: {describe(error)}") from error
+        except UserError as error:
+            raise UserError(f"--signals {self.spec}: {error}") from error
         if model.config.num_labels != 1:
             raise UserError(f"--signals {self.spec}: has {model.config.num_labels} outputs; a reward model has 1")
         if found["missing_keys"]:

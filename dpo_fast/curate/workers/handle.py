@@ -14,19 +14,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.sandbox.processes import end_those_in, end_tree, remove_tree
-from dpo_fast.curate.signals.declare import KILL_GRACE
+from dpo_fast.curate.signals.declare import KILL_GRACE, TMPDIR_CURE
 from dpo_fast.curate.verdict import Verdict
 from dpo_fast.curate.workers.heartbeat import NOWHERE, Heartbeat
 from dpo_fast.curate.workers.worker import Setup, Task
+from dpo_fast.errors import WriteError
+from dpo_fast.files import write_errors
 
 # (number of a row, for each signal a verdict on each of its answers)
 Judged: TypeAlias = tuple[int, list[list[Verdict]]]
@@ -54,25 +57,24 @@ class WorkerHandle:
     """
 
     def __init__(self, config: SignalConfig, folder: Path) -> None:
-        folder.mkdir()
         self.folder = folder
         self.config = config
         self.tasks: dict[int, Task] = {}
         self.is_idle = False
         self.is_ready = False
-        ours, theirs = socket.socketpair()
-        with tempfile.TemporaryFile() as shared, theirs:
-            shared.truncate(Heartbeat.SIZE)
+        with _shared_memory(folder) as shared:
+            ours, theirs = socket.socketpair()
             self._heartbeat = Heartbeat(shared.fileno())
             self._heartbeat.set(NOWHERE)
             descriptors = (theirs.fileno(), shared.fileno())
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, *map(str, descriptors), json.dumps(sys.path)],
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-                # There are as many workers as processors: threads in a user's function should not multiply them.
-                env={"OMP_NUM_THREADS": "1"} | os.environ | {"TMPDIR": str(folder)},
-            )
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _START, *map(str, descriptors), json.dumps(sys.path)],
+                    pass_fds=descriptors,
+                    stdin=subprocess.DEVNULL,
+                    # There are as many workers as processors: threads in a user's function should not multiply them.
+                    env={"OMP_NUM_THREADS": "1"} | os.environ | {"TMPDIR": str(folder)},
+                )
         self.connection = Connection(ours.detach())
         self._send(Setup(config, os.getpid(), folder))
 
@@ -91,11 +93,14 @@ class WorkerHandle:
 
         Raises:
             WorkerDied: it is gone.
+            WriteError: there is no room for its temporary files.
         """
         try:
-            message: Judged | None = self.connection.recv()
+            message: Judged | WriteError | None = self.connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerDied(_how_it_ended(self._process.wait())) from error
+        if isinstance(message, WriteError):
+            raise message
         if message is None:
             self.is_ready = self.is_idle = True
         else:
@@ -143,6 +148,19 @@ class WorkerHandle:
             cells = product(range(len(tasks[0].answers)), range(len(self.config.signals)))
             return [replace(tasks[0], blamed=dict.fromkeys(cells, reason))], True
         return [replace(task, is_suspect=True) for task in tasks], False
+
+
+@contextmanager
+def _shared_memory(folder: Path) -> Iterator[IO[bytes]]:
+    """Make a worker's folder, and a file for its heartbeat."""
+    with write_errors(folder, cure=TMPDIR_CURE):
+        folder.mkdir()
+        shared = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+    with shared:
+        with write_errors(folder, cure=TMPDIR_CURE):
+            # Not truncated to its size: where the disk is full, the first access to such memory kills the process.
+            shared.write(bytes(Heartbeat.SIZE))
+        yield shared
 
 
 def _how_it_ended(status: int) -> str:

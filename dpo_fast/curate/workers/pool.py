@@ -10,17 +10,19 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.sandbox.processes import remove_tree
+from dpo_fast.curate.signals.declare import TMPDIR_CURE
 from dpo_fast.curate.signals.registry import Signal
 from dpo_fast.curate.verdict import Question, Verdict, shorten
 from dpo_fast.curate.workers.handle import Judged, WorkerDied, WorkerHandle
 from dpo_fast.curate.workers.worker import Task
+from dpo_fast.files import write_errors
 
 _POLL = 0.25
 _MAX_ROWS, _MAX_CHARACTERS = 64, 2**22
@@ -29,7 +31,7 @@ _CALLS_PER_WORKER = 2000
 _MAX_UNEXPLAINED_DEATHS = 5
 
 
-def judge_texts(questions: dict[int, Question], signals: Sequence[Signal], config: SignalConfig) -> Iterator[Judged]:
+def judge_texts(questions: dict[int, Question], signals: Sequence[Signal], config: SignalConfig) -> Generator[Judged]:
     """Judge rows by text signals, in the order in which they finish.
 
     Args:
@@ -39,13 +41,15 @@ def judge_texts(questions: dict[int, Question], signals: Sequence[Signal], confi
 
     Raises:
         RuntimeError: workers cannot be started, or keep dying for no cause that can be named.
+        WriteError: there is no room for temporary files.
     """
     if not questions or not signals:
         return
     settings = {field.name: getattr(config, field.name) for field in fields(SignalConfig)}
     plain = SignalConfig(**settings | {"signals": [signal.spec for signal in signals], "signal_weights": None})
     tasks = [Task(number, q.row, q.answers) for number, q in questions.items()]
-    folder = Path(tempfile.mkdtemp(prefix="dpo-fast-label-")).resolve()
+    with write_errors(Path(tempfile.gettempdir()), cure=TMPDIR_CURE):
+        folder = Path(tempfile.mkdtemp(prefix="dpo-fast-label-")).resolve()
     pool = _Pool(plain, folder, _num_workers(tasks, signals, plain))
     try:
         yield from pool.judge(tasks)

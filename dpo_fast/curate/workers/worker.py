@@ -23,6 +23,7 @@ from dpo_fast.curate.signals.declare import KILL_GRACE
 from dpo_fast.curate.signals.registry import parse_signals
 from dpo_fast.curate.verdict import Verdict, rank_worst_last, verdict_of
 from dpo_fast.curate.workers.heartbeat import NOWHERE, Heartbeat, Place
+from dpo_fast.errors import WriteError
 
 if TYPE_CHECKING:
     from dpo_fast.curate.rows import Row
@@ -99,6 +100,8 @@ def main(connection_fd: int, heartbeat_fd: int) -> None:
             for task in connection.recv():
                 connection.send((task.number, worker.judge(task)))
             connection.send(None)
+    except WriteError as error:
+        connection.send(error)
     except (EOFError, OSError, _Stop):
         # The parent is done with this process, or dead, in which case nobody else cleans up.
         remove_tree(setup.folder)

@@ -71,20 +71,34 @@ def test_nothing_judged_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_a_log_whose_judgements_are_all_damaged_is_kept(tmp_path, monkeypatch, caplog):
+    in_terminal(monkeypatch, tmp_path, ["l", "r"])
+    log = tmp_path / "out.jsonl.partial"
+    log.write_bytes(damaged := log.read_bytes().replace(b"choice", b"bhoice"))
+    (tmp_path / "out.jsonl").unlink()
+    in_terminal(monkeypatch, tmp_path, ["q"])
+    assert "damaged lines are set aside" in caplog.text
+    assert log.read_bytes().startswith(damaged)
+    text = in_terminal(monkeypatch, tmp_path, ["t"] * 5)
+    assert "4 of 4 done" in text
+    assert not log.exists()
+    assert (tmp_path / "out.jsonl.partial.damaged").read_bytes().count(b"bhoice") == 2
+
+
 def test_other_settings_do_not_resume(tmp_path, monkeypatch):
     in_terminal(monkeypatch, tmp_path, ["l"])
     for other in ({"seed": 1}, {"pairs": "all"}, {"repeat_share": 1.0}, {"max_rows": 3}):
-        with pytest.raises(UserError, match="other settings or other rows"):
+        with pytest.raises(UserError, match=r"left by an interrupted run with other .*: rerun with those to resume it"):
             in_terminal(monkeypatch, tmp_path, ["l"], **other)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"repeat_share": 1.5}, "--repeat_share 1.5: expected a share"),
+        ({"repeat_share": 1.5}, "--repeat_share 1.5: expected a number in"),
         ({"out": ""}, "no output given"),
         ({"data": ""}, "no data given"),
-        ({"port": 70000, "terminal": False}, "--port 70000: expected a number from 0 to 65535"),
+        ({"port": 70000, "terminal": False}, "--port 70000: expected a number in"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, monkeypatch, settings, message):

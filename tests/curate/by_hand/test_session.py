@@ -8,7 +8,8 @@ from itertools import combinations
 import pytest
 from by_hand_pages import ROWS, ask, page_of, session_of
 
-from dpo_fast.curate.by_hand.session import CHOICES, StaleError
+from dpo_fast.curate.by_hand.session import CHOICES, StaleError, is_entry
+from dpo_fast.errors import WriteError
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -60,6 +61,65 @@ def test_random_judgements_with_undo_and_restarts_come_to_what_a_person_would_co
     assert progress.agreed == sum(a == b for a, b in twice)
     assert progress.total == progress.done == len(said)
     assert progress.skipped == sum(choice == "skip" for *_, choice in said)
+
+
+def damage(folder, place):
+    """Flip a bit of the line that holds the judgement of a place."""
+    path = folder / "out.jsonl.partial"
+    line = next(line for line in path.read_bytes().splitlines() if line.startswith(b'{"key": "%d"' % place))
+    path.write_bytes(path.read_bytes().replace(line, line.replace(b"choice", b"bhoice")))
+
+
+def test_a_lost_judgement_is_asked_again_and_the_last_one_made_is_undone_first(tmp_path):
+    with session_of(ROWS, tmp_path, repeat_share=1.0) as session:
+        for choice in ("left", "right", "tie", "left", "right", "left"):
+            session.judge(session.place, choice)
+    damage(tmp_path, 1)
+    with session_of(ROWS, tmp_path, repeat_share=1.0) as session:
+        assert session.place == 1
+        assert session.progress().done == 5
+        first = session._queue[5].first
+        assert session.progress().repeated == sum(session._queue[place].first not in (None, 1) for place in (4, 5))
+        session.judge(1, "skip")
+        assert session.place == 6
+        session.undo(6)
+        assert session.place == 1
+        session.undo(1)
+        assert session.place == 1  # the one before was that of place 5
+        assert 5 not in session._judged
+        session.judge(1, "tie")
+        assert session.place == 5
+        while not session.is_finished:
+            session.judge(session.place, "tie")
+        assert session.progress().done == session.progress().total == 8
+        assert session._queue[5].first == first
+
+
+@pytest.mark.parametrize("line", range(2))
+def test_a_judgement_taken_back_does_not_return(tmp_path, line):
+    with session_of(ROWS, tmp_path) as session:
+        session.judge(0, "left")
+        session.undo(1)
+    path = tmp_path / "out.jsonl.partial"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2 + line] = lines[2 + line].replace(b"null", b"mull")
+    path.write_bytes(b"".join(lines))
+    with session_of(ROWS, tmp_path) as session:
+        assert session.progress().done == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("4", None), ("-1", None), ("²", None), ("9" * 5000, None), ("0", []), ("0", "left"), ("0", {})),
+        *(("0", {"choice": "up", "seconds": 1.0}), ("0", {"choice": [], "seconds": 1.0})),
+        *(("0", {"choice": "left", "seconds": "1"}), ("written", None), ("written", 3)),
+    ],
+)
+def test_entries_of_other_kinds_are_not_read(key, value):
+    assert not is_entry(key, value, 4)
+    for right in (("3", None), ("0", {"choice": "tie", "seconds": 0.5}), ("written", "abc")):
+        assert is_entry(*right, 4)
 
 
 def test_agreement_is_about_answers_and_not_about_sides(tmp_path):
@@ -143,7 +203,7 @@ def test_a_judgement_that_cannot_be_saved_does_not_count(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr("dpo_fast.curate.worklog.os.fsync", full)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(WriteError, match="No space left"):
                 session.judge(1, "left")
             assert session.place == 1
             with page_of(session) as (server, _):

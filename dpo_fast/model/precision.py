@@ -1,0 +1,74 @@
+"""In which dtype a trained model is written, and what is lost by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpo_fast.errors import UserError
+from dpo_fast.model.load import load_config, load_model
+
+# Of the weights that training changed, the share that must still differ from the base's after a cast.
+KEPT_SHARE = 0.99
+
+
+@dataclass(frozen=True)
+class SavedDtype:
+    """A dtype, and the sentence that says why."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def saved_dtype(model: Any, base: str, wanted: str, *, trust_remote_code: bool = False) -> SavedDtype:
+    """The dtype to write a trained model in.
+
+    Training moves most weights by less than the spacing of bfloat16: cast to the base's dtype, they are what they were.
+
+    Args:
+        model: as trained.
+        base: what it was loaded from.
+        wanted: `auto`, or the name of a dtype.
+        trust_remote_code: as for loading.
+    """
+    trained = model.dtype
+    if wanted != "auto" and getattr(torch, wanted) is trained:
+        return SavedDtype(trained, "")
+    try:
+        own = _dtype_of(base, trust_remote_code)
+        target = own if wanted == "auto" else getattr(torch, wanted)
+        if target.itemsize >= trained.itemsize:
+            return SavedDtype(trained if wanted == "auto" else target, "")
+        share = surviving_share(model, load_model(base, own, trust_remote_code=trust_remote_code), target)
+    except UserError as error:
+        return SavedDtype(trained, f"weights in {_name(trained)}: {base} cannot be compared with any more ({error})")
+    text = f"{share:.1%} of the weights that changed differ from {base} in {_name(target)}"
+    if wanted != "auto" or share >= KEPT_SHARE:
+        return SavedDtype(target, f"weights in {_name(target)}: {text}")
+    cure = f"--save_dtype {_name(target)} makes the file smaller and loses the others"
+    return SavedDtype(trained, f"weights in {_name(trained)}: only {text}; {cure}")
+
+
+@torch.no_grad()
+def surviving_share(model: Any, base: Any, dtype: torch.dtype) -> float:
+    """Of the weights that differ from the base's, the share that still does after a cast; 1 if none differs."""
+    before = dict(base.named_parameters())
+    changed = survived = 0
+    for name, parameter in model.named_parameters():
+        start = before[name].to(parameter.device, parameter.dtype)
+        moved = parameter != start
+        changed += int(moved.sum())
+        survived += int((moved & (parameter.to(dtype) != start.to(dtype))).sum())
+    return survived / changed if changed else 1.0
+
+
+def _dtype_of(model: str, trust_remote_code: bool) -> torch.dtype:
+    """The dtype that a model's file has, by its configuration."""
+    dtype = load_config(model, trust_remote_code=trust_remote_code).dtype
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.float32)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
