@@ -307,7 +307,6 @@ class Policy:
             layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
         return replace(self, is_compiled=True)
 
-<<<<<<< HEAD
     def sharded(self, *, replicate: bool) -> Policy:
         """With the weights spread over all processes, in place; `replicate` keeps them whole in each.
 
@@ -317,10 +316,6 @@ class Policy:
         shard(self.model, device=self.device, replicate=replicate, dtype=torch.bfloat16 if self.bf16 else None)
         return replace(self, is_sharded=True)
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer."""
-        self.model.save_pretrained(folder)
-=======
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer.
 
@@ -337,7 +332,6 @@ class Policy:
             config = json.loads((folder / "config.json").read_text())
             config["dtype"] = str(dtype).removeprefix("torch.")
             (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
->>>>>>> main
         tokenizer.save_pretrained(folder)
 
 
