@@ -65,7 +65,8 @@ class Reference:
         if absent:
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise UserError(
-                f"no reference scores for row {absent[0]}{more} in {self._store.path}: score the data first"
+                f"no reference scores for row {absent[0]}{more} in {self._store.path}: score the data first. If that "
+                "was done, the file is damaged: remove it, or name another file with --reference_store"
             )
         return [answers for answers in found if answers is not None]
 

@@ -184,8 +184,9 @@ class ReferenceStore:
         }
         try:
             yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the kind of error
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of a damaged name in SQLite's own messages
+            other = 0 if isinstance(error, sqlite3.Error) else sqlite3.SQLITE_CORRUPT
+            code = getattr(error, "sqlite_errorcode", other) & 0xFF  # the low byte is the kind of error
             cure = cures.get(code, "it cannot be used")
             is_write = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
             room = f"; {space(self.path)}" if is_write else ""

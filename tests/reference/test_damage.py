@@ -184,3 +184,14 @@ def test_a_resumed_run_compares_the_scores_with_those_that_it_began_with(config,
     reseal(tmp_path / "reference.sqlite", lambda logps: logps - np.float32(0.1))
     with pytest.raises(UserError, match=r"stored reference scores of row \d+ are not the model's"):
         train(config(save_steps=3, resume=checkpoint), console=QUIET)
+
+
+def test_a_damaged_name_in_its_schema_is_one_line(tmp_path):
+    """SQLite repeats the name in its message, which Python then cannot decode."""
+    path = tmp_path / "store.sqlite"
+    ReferenceStore(path).close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("pragma writable_schema = on")
+        connection.execute("update sqlite_master set name = cast(x'61f5' as text) where type = 'table'")
+    with pytest.raises(UserError, match=r"it is damaged; remove it .*--reference_store"):
+        ReferenceStore(path)
