@@ -30,7 +30,7 @@ from dpo_fast.model.checkpointing import Checkpointing, enable_checkpointing
 from dpo_fast.model.load import load_model, refuse_not_finite
 from dpo_fast.model.placement import Placement
 from dpo_fast.model.rotary import LengthRegimes
-from dpo_fast.model.sharding import decoder_layers, shard
+from dpo_fast.model.sharding import Parallel, decoder_layers, shard, whole_weights
 
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
 NUMERICS_VERSION = 2
@@ -96,13 +96,22 @@ class Policy:
     router_loss_coef: float | None = None
 
     @classmethod
-    def load(cls, config: ModelConfig, name: str | None = None) -> Policy:
-        """Load `name`, by default `config.model`, as the configuration says."""
+    def load(cls, config: ModelConfig, name: str | None = None, *, parallel: Parallel | None = None) -> Policy:
+        """Load `name`, by default `config.model`, as the configuration says.
+
+        Args:
+            config: where and in which numbers it runs.
+            name: of the model.
+            parallel: what the processes of the default group share of it; None for one process.
+        """
         place = Placement.of(config)
         name = name or config.model
-        model: Any = load_model(name, place.dtype, trust_remote_code=config.trust_remote_code)
-        model.to(device=place.device).eval()
+        model: Any = load_model(name, place.dtype, trust_remote_code=config.trust_remote_code).eval()
+        if parallel is None:
+            model.to(device=place.device)
         refuse_not_finite(name, model)
+        if parallel is not None:
+            shard(model, device=place.device, parallel=parallel, dtype=torch.bfloat16 if place.bf16 else None)
         return cls(
             model,
             device=place.device,
@@ -110,6 +119,7 @@ class Policy:
             memory_budget=int(config.head_memory_budget_gib * 2**30),
             autotune=config.autotune,
             deterministic_attention=config.deterministic_attention,
+            is_sharded=parallel is not None,
         )
 
     @property
@@ -307,27 +317,32 @@ class Policy:
             layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
         return replace(self, is_compiled=True)
 
-    def sharded(self, *, replicate: bool) -> Policy:
-        """With the weights spread over all processes, in place; `replicate` keeps them whole in each.
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Whole weights by name: the model's own, or copies on the host of those that processes share.
 
-        Raises:
-            UserError: the model cannot be spread.
+        Those are in the first process alone, and all have to ask for them.
         """
-        shard(self.model, device=self.device, replicate=replicate, dtype=torch.bfloat16 if self.bf16 else None)
-        return replace(self, is_sharded=True)
+        return whole_weights(self.model) if self.is_sharded else self.model.state_dict()
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer.
 
         Args:
             folder: to write into.
             tokenizer: of the model.
+            weights: from `whole_weights`.
             dtype: of the written weights; None is their own.
         """
         if dtype in (None, self.model.dtype):
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
         else:
-            weights = {name: weight.to(dtype) for name, weight in self.model.state_dict().items()}
+            weights = {name: weight.to(dtype) for name, weight in weights.items()}
             self.model.save_pretrained(folder, state_dict=weights)
             config = json.loads((folder / "config.json").read_text())
             config["dtype"] = str(dtype).removeprefix("torch.")

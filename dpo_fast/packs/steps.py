@@ -14,6 +14,7 @@ from dpo_fast.packs.layout import Group
 
 # A row's share of attention in its cost depends on the model's width; any usual one deals about the same.
 TYPICAL_WIDTH = 4096
+_GROUPS_PER_STEP = "groups per step"
 
 
 def group_packs(groups: Sequence[Group], *, num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
@@ -26,6 +27,12 @@ def _sizes(groups: Sequence[Group]) -> tuple[list[int], list[float]]:
     """Tokens and cost of each group."""
     costs = [group_cost(len(group.prompt_ids), map(len, group.answers), TYPICAL_WIDTH) for group in groups]
     return [group.num_tokens for group in groups], costs
+
+
+def rows_of_step(state: dict[str, Any]) -> int | None:
+    """The groups of a step, of a `StepSampler`'s state; None if it is damaged."""
+    number = state.get(_GROUPS_PER_STEP)
+    return number if type(number) is int and number > 0 else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class StepSampler:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "groups per step": self._groups_per_step,
+            _GROUPS_PER_STEP: self._groups_per_step,
             "tokens per pack": self.max_tokens,
             "seed": self._seed,
             "data (hash of lengths)": xxhash.xxh3_64_hexdigest(np.asarray(self._lengths, dtype=np.int64).tobytes()),

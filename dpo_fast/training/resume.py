@@ -64,7 +64,8 @@ RULES: dict[str, Rule] = {
         ),
         Rule.USED,
     ),
-    **dict.fromkeys(("output_dir", "save_dtype", "trust_remote_code", "resume", "overwrite", "dry_run"), Rule.UNSAID),
+    **dict.fromkeys(("output_dir", "save_dtype", "trust_remote_code"), Rule.UNSAID),
+    **dict.fromkeys(("resume", "overwrite", "dry_run", "nproc", "parallel"), Rule.UNSAID),
 }
 
 Changes = Mapping[str, tuple[Any, Any]]

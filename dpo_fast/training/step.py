@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from dpo_fast.losses.objective import any_loss, needs_reference, preference_loss
 from dpo_fast.losses.pairs import OF_POLICY, PairLogps
 from dpo_fast.model.policy import Policy, Scored
 from dpo_fast.model.scorer import Scorer
+from dpo_fast.model.sharding import sum_gradients_at
 from dpo_fast.packs.layout import Group, PackedBatch, pack
+from dpo_fast.ranks import ONE_PROCESS, Ranks
 from dpo_fast.training.metrics import pair_metrics
-from dpo_fast.training.ranks import Ranks
+
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,6 @@ def scored_pairs(
     log_sum_p2 = None if scored.stats is None or not config.use_weighting else scored.stats.sum_p2.log()
     pairs = pair_logps(batch, scored.logps, ld_alpha=config.ld_alpha, log_sum_p2=log_sum_p2)
     return replace(pairs, reward_shift=reward_shift)
-
-
-ONE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class StepLoss:
         if any_loss(self.config, lambda facts: facts.compares_pairs):
             yield from self._backward_together(list(batches), share)
             return
-        for batch in batches:
+        for batch, is_last in _with_last(batches):
+            sum_gradients_at(self.policy.model, last=is_last)
             pairs, rest = self._forward(batch)
             if batch is None or pairs is None:
                 (rest / share).backward()
@@ -100,8 +101,10 @@ class StepLoss:
         pairs, rest = self._forward(last)
         own = [part for part in (*before, pairs) if part is not None]
         losses = preference_loss(PairLogps.join([*own, *self._of_others(own)]), self.config)
+        sum_gradients_at(self.policy.model, last=not others)
         ((losses.sum() + rest) / share).backward()
-        for batch, coefficients in zip(others, leaves, strict=True):
+        for (batch, is_last), coefficients in zip(_with_last(others), leaves, strict=True):
+            sum_gradients_at(self.policy.model, last=is_last)
             again, rest = self._forward(batch)
             gradients = {name: leaf.grad for name, leaf in coefficients.items() if leaf.grad is not None}
             terms = [(gradient * getattr(again, name)).sum() for name, gradient in gradients.items()]
@@ -145,6 +148,16 @@ class StepLoss:
             return pairs, scored.logps.new_zeros(())
         # It is a mean over the pack's tokens, and counts as the pack's pairs do.
         return pairs, batch.num_pairs * scored.router_loss
+
+
+def _with_last(things: Iterable[Thing]) -> Iterator[tuple[Thing, bool]]:
+    """Each thing, and whether it is the last one."""
+    remaining = iter(things)
+    for thing in remaining:
+        for following in remaining:
+            yield thing, False
+            thing = following
+        yield thing, True
 
 
 def _counts(parts: list[PairLogps], total: int) -> list[int]:
