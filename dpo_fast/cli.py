@@ -88,12 +88,11 @@ def check_config_files(words: Sequence[str], command: Command) -> None:
 
 def run_train(config: DPOConfig) -> int:
     """`dpo-fast train`."""
-    if config.nproc > 1:
-        from dpo_fast.training.launch import launch
-
-        return launch(config)
+    from dpo_fast.training.launch import launch, needs_launch
     from dpo_fast.training.run import train
 
+    if needs_launch(config):
+        return launch(config)
     return STOPPED if train(config).stopped else 0
 
 

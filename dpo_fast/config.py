@@ -456,8 +456,8 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
         resume: `auto` resumes from the newest complete checkpoint in `output_dir`; a folder resumes from that one.
         overwrite: start over in an `output_dir` that already holds a run.
         nproc: processes to start on this machine, one per GPU; `torchrun` starts them on several.
-        parallel: what several processes share: `ddp` the rows, with whole weights in each, `fsdp` also weights, gradients
-            and optimizer state; `auto` is `ddp` if that fits.
+        parallel: what several processes share: `ddp` the rows, with whole weights in each, `fsdp` also weights,
+            gradients and optimizer state; `auto` is `ddp` if that fits.
         seed: random seed for row order and dropout.
         dry_run: read the data, print the report and the plan, then stop.
     """

@@ -66,12 +66,23 @@ def shard(model: Any, *, device: torch.device, parallel: Parallel, dtype: torch.
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
+    model.register_forward_hook(_part_again)
+
+
+def _part_again(model: Any, inputs: Any, outputs: Any) -> None:
+    """Torch leaves the outermost unit whole for the backward, which does not come after a forward without gradients.
+
+    Whoever asked for the model's weights meanwhile would get others than those that are trained.
+    """
+    if not torch.is_grad_enabled():
+        model.reshard()
 
 
 def sum_gradients_at(model: nn.Module, *, last: bool) -> None:
     """Let copies of a weight be summed in the next backward only if it is the step's last one."""
-    if isinstance(model, FSDPModule):
+    if isinstance(model, FSDPModule) and not is_split(model):
         model.set_requires_all_reduce(last)
+        model.set_is_last_backward(last)  # which forgets what has not been summed yet
 
 
 def is_split(model: nn.Module) -> bool:

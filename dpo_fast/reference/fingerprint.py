@@ -62,7 +62,7 @@ def model_fingerprint(model: nn.Module, *, numerics: str) -> str:
             continue
         seen[view] = name
         flat: Tensor = whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(memoryview(flat.numpy()))
+        digest.update(memoryview(flat.numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

@@ -18,9 +18,15 @@ import yaml
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import RUN_FAILED, STOPPED
+from dpo_fast.ranks import launched
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import PContext
+
+
+def needs_launch(config: DPOConfig) -> bool:
+    """Whether this process is to start those that train, and is none of them."""
+    return config.nproc > 1 and launched() == 1
 
 
 def launch(config: DPOConfig) -> int:
@@ -34,7 +40,7 @@ def launch(config: DPOConfig) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "train.yaml"
-        settings.write_text(yaml.safe_dump(asdict(config)))
+        settings.write_text(yaml.safe_dump(asdict(config) | {"nproc": 1}))
         words = ("-m", "dpo_fast", "train", "--config", str(settings))
         ranks = range(config.nproc)
         processes = start_processes(

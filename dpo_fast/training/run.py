@@ -27,13 +27,13 @@ from dpo_fast.model.placement import busy_cpu
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
 from dpo_fast.packs.steps import rows_of_step
-from dpo_fast.ranks import Ranks, joined_ranks, launched
+from dpo_fast.ranks import Ranks, joined_ranks
 from dpo_fast.reference.fill import store_path
 from dpo_fast.reference.store import ReferenceStore
 from dpo_fast.training.as_planned import fit_plan, run_as_planned
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.gradients import check_gradient_release
-from dpo_fast.training.launch import launch
+from dpo_fast.training.launch import launch, needs_launch
 from dpo_fast.training.loop import STATE_FILE, STATE_TYPES, Trainer, TrainResult
 from dpo_fast.training.metrics import METRICS_FILE, read_metrics
 from dpo_fast.training.plan import Plan
@@ -68,7 +68,7 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
     """
     console = console or Console()
     check_config(config)
-    if config.nproc > 1 and launched() == 1:
+    if needs_launch(config):
         return train_in_processes(config)
     with joined_ranks(config.device) as ranks:
         return train_together(config, ranks, console if ranks.is_writer else Console(quiet=True))
