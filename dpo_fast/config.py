@@ -112,8 +112,31 @@ class ModelConfig(Settings):
 
 
 @dataclass
-class SamplingConfig(Settings):
-    """How to sample answers.
+class ServerConfig(Settings):
+    """How to reach OpenAI-compatible servers; see docs/engines.md.
+
+    Attributes:
+        base_url: address of a server, such as `http://localhost:8000/v1`, or a list of servers that share the work.
+        api_key_env: environment variable that holds the API key.
+        concurrency: requests in flight at once, on all servers together.
+        max_requests_per_minute: upper limit on requests, retries included; null sets none.
+        max_retries: times that a request is repeated after a failure before the command stops.
+        request_timeout: seconds to wait for an answer.
+        request_options: further fields of every request, such as `{top_k: 20}`; a null removes a field.
+    """
+
+    base_url: str | list[str] = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = number(32, above=0)
+    max_requests_per_minute: float | None = number(None, above=0, most=1e9)
+    max_retries: int = number(6, least=0)
+    request_timeout: float = number(600.0, above=0, most=1e6)
+    request_options: dict[str, Any] | None = None
+
+
+@dataclass
+class SamplingConfig(ServerConfig):
+    """How to sample answers: the settings of `ServerConfig`, plus the following.
 
     Attributes:
         num_samples: answers per prompt, split evenly among all models and temperatures.
@@ -121,7 +144,7 @@ class SamplingConfig(Settings):
         top_p: sample from the most likely tokens that make up this share of the probability.
         max_new_tokens: maximum tokens of an answer.
         generation_batch_size: answers to generate at once.
-        backend: `transformers`, or `vllm` if it is installed.
+        backend: `transformers`; `vllm` if it is installed; `openai` for a server at `base_url`.
         trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
         seed: random seed for sampling; each batch of prompts derives its own seed from it.
     """
@@ -131,7 +154,7 @@ class SamplingConfig(Settings):
     top_p: float = number(1.0, above=0, most=1)
     max_new_tokens: int = number(256, above=0)
     generation_batch_size: int = number(64, above=0)
-    backend: Literal["transformers", "vllm"] = "transformers"
+    backend: Literal["transformers", "vllm", "openai"] = "transformers"
     trust_remote_code: bool = False
     seed: int = number(42, least=0, most=2**32 - 1)
 
@@ -141,7 +164,7 @@ class SampleConfig(SamplingConfig):
     """Settings of `dpo-fast sample`: those of `SamplingConfig`, plus the following.
 
     Attributes:
-        model: checkpoint folder, Hub name or .gguf file, or a list of them.
+        model: checkpoint folder, Hub name, .gguf file or the name on a server, or a list of them.
         data: rows with a prompt, in any file or dataset that `dpo-fast train` reads; other columns are kept.
         out: .jsonl file to write, one row per prompt.
         prompt_column: column of the prompt, a string or messages.
@@ -156,6 +179,7 @@ class SampleConfig(SamplingConfig):
         device: `auto` is CUDA if there is a GPU, otherwise the CPU.
         dtype: dtype of the weights; `auto` is bfloat16 on a GPU, float32 on a CPU.
         overwrite: replace `out` and the leftovers of an interrupted run with other settings.
+        dry_run: with `backend` `openai`, print the number of requests and tokens, then stop.
     """
 
     model: str | list[str] = ""
@@ -172,11 +196,12 @@ class SampleConfig(SamplingConfig):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     overwrite: bool = False
+    dry_run: bool = False
 
 
 @dataclass
-class SignalConfig(Settings):
-    """Which signals judge an answer, and the limits of a checker.
+class SignalConfig(ServerConfig):
+    """Which signals judge an answer, the limits of a checker, and the settings of `ServerConfig`.
 
     Attributes:
         signals: name of a signal (`json`, `regex:PATTERN`, `number:COLUMN`, ...; see docs/signals.md), or a list.
@@ -189,6 +214,12 @@ class SignalConfig(Settings):
         process_limit: number of processes that a command may run at once.
         num_workers: answers to judge at once; null is one per processor.
         judge_batch_size: texts per batch of a reward model or judge.
+        judge_base_url: address of the server of `judge:openai:NAME` and `reward-model:openai:NAME`, or a list; null is
+            `base_url`.
+        judge_api_key_env: environment variable that holds its API key; null is `api_key_env`.
+        judge_question: what a judge is asked, with `{prompt}`, `{first}` and `{second}`; null asks for the better
+            answer, A or B.
+        judge_max_tokens: maximum tokens of a served judge's reply.
         trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
     """
 
@@ -202,6 +233,10 @@ class SignalConfig(Settings):
     process_limit: int = number(64, above=0)
     num_workers: int | None = number(None, least=1, most=1024)
     judge_batch_size: int = number(16, above=0)
+    judge_base_url: str | list[str] | None = None
+    judge_api_key_env: str | None = None
+    judge_question: str | None = None
+    judge_max_tokens: int = number(16, above=0)
     trust_remote_code: bool = False
 
 
@@ -224,6 +259,7 @@ class LabelConfig(SignalConfig):
         repeat_share: share of comparisons shown twice, to measure how well judges agree with themselves.
         seed: random seed for order, sides and repeats of comparisons.
         overwrite: replace `out` and the leftovers of an interrupted run with other settings.
+        dry_run: print how many requests and tokens the signals on servers take, then stop.
     """
 
     data: str = ""
@@ -240,6 +276,7 @@ class LabelConfig(SignalConfig):
     repeat_share: float = number(0.1, least=0, most=1)
     seed: int = number(42, least=0, most=2**32 - 1)
     overwrite: bool = False
+    dry_run: bool = False
 
 
 @dataclass
@@ -324,6 +361,8 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
 
     Attributes:
         reference: the model to compare `model` with.
+        reference_base_url: with `backend` `openai`, address of the server of `reference`, or a list; null is
+            `base_url`.
         beta: factor of the implicit reward.
         prompts: file or dataset of prompts for both models to answer, judged by `signals`; null compares no answers.
         plain_prompts: do not apply the chat template to string prompts.
@@ -331,6 +370,7 @@ class EvalConfig(SamplingConfig, SignalConfig, ModelConfig, DataConfig):
     """
 
     reference: str = ""
+    reference_base_url: str | list[str] | None = None
     beta: float = number(0.1, above=0)
     prompts: str | None = None
     plain_prompts: bool = False

@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig, *, console: Console | None = None) -> dict[str,
     Returns:
         `pairs` (see `pair_figures`) if `data` is given; `answers` (see `answer_figures`) if `prompts` is given, with
         `kl`, the divergence from the reference in nats per answer, if answers are sampled at temperature 1 from the
-        whole distribution. `out` holds the same.
+        whole distribution, by models on this machine. `out` holds the same.
 
     Raises:
         UserError: a mistake in the settings or the data.
@@ -67,7 +67,7 @@ def _evaluate(config: EvalConfig, out: Path | None, console: Console) -> dict[st
     if config.prompts:
         rows = write_and_judge(prompts, config, console)
         figures["answers"] = answer_figures(*rows)
-        if config.temperature == 1 and config.top_p == 1:
+        if config.temperature == 1 and config.top_p == 1 and config.backend != "openai":
             figures["answers"]["kl"] = _kl(rows[0], config, console)
         console.print(answers_table(figures["answers"]))
         if out is not None:
@@ -88,9 +88,10 @@ def _check(config: EvalConfig) -> Path | None:
         raise UserError("--prompts: nothing judges the answers; name a signal with --signals")
     if config.signals and not config.prompts:
         raise UserError("--signals: there are no answers to judge; pass --prompts with the prompts to answer")
-    find(config.model)
-    find(config.reference, option="--reference")
-    pick_device(config.device)
+    if config.backend != "openai" or config.data:
+        find(config.model)
+        find(config.reference, option="--reference")
+        pick_device(config.device)
     if config.out is not None and Path(config.out).suffix != ".json":
         raise UserError(f"--out {config.out}: expected a file that ends in .json")
     return None if config.out is None else Path(config.out)
@@ -121,11 +122,28 @@ def write_and_judge(rows: list[Row], config: EvalConfig, console: Console) -> tu
     common = {field.name for field in fields(SampleConfig)} & {field.name for field in fields(EvalConfig)}
     shared = {name: getattr(config, name) for name in common - {"model", "data", "out", "apply_chat_template"}}
     written = []
-    for name in (config.model, config.reference):
+    urls = [config.base_url, config.base_url if config.reference_base_url is None else config.reference_base_url]
+    for name, base_url in zip((config.model, config.reference), urls, strict=True):
         template = False if config.plain_prompts else None
-        sampling = SampleConfig(**shared | {"model": name, "apply_chat_template": template})
+        sampling = SampleConfig(**shared | {"model": name, "base_url": base_url, "apply_chat_template": template})
         written.append(answer_rows(rows, sampling, console=console))
-    return judge(written[0], written[1], config, console)
+    return judge(*_answered_by_both(written[0], written[1], config.num_samples, console), config, console)
+
+
+def _answered_by_both(
+    model: list[Row], reference: list[Row], num_samples: int, console: Console
+) -> tuple[list[Row], list[Row]]:
+    """The prompts of which a server refused no answer."""
+    whole = [
+        (own, ref)
+        for own, ref in zip(model, reference, strict=True)
+        if len(own[RESPONSES]) == len(ref[RESPONSES]) == num_samples
+    ]
+    if not whole:
+        raise UserError("no prompt was answered by both models: a server refused some answer to each")
+    if lost := len(model) - len(whole):
+        say(console, f"{lost} prompts are left out: a server refused some of their answers")
+    return [own for own, _ in whole], [ref for _, ref in whole]
 
 
 def judge(model: list[Row], reference: list[Row], config: EvalConfig, console: Console) -> tuple[list[Row], list[Row]]:

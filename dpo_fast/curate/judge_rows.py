@@ -12,7 +12,9 @@ from rich.console import Console
 
 from dpo_fast.config import SignalConfig
 from dpo_fast.console import progress_line
+from dpo_fast.curate.engines.parallel import resumable
 from dpo_fast.curate.signals.registry import Signal
+from dpo_fast.curate.signals.served import ServedSignal
 from dpo_fast.curate.verdict import Question, Verdict
 from dpo_fast.curate.workers.pool import judge_texts
 from dpo_fast.curate.worklog import WorkLog
@@ -45,7 +47,14 @@ def judge_rows(
         with closing(judge_texts({number: questions[number] for number in missing}, text_signals, config)) as judged:
             keeper.add_all(specs, _with_progress(judged, "label", questions, missing, console))
     for signal in signals:
-        if signal.of_rows is not None:
+        if isinstance(signal.of_rows, ServedSignal):
+            # Its replies are in the log, one by one; the verdicts follow from them.
+            served = ((number, [of_row]) for number, of_row in signal.of_rows.judge(questions, log))
+            with resumable(log):
+                keeper.add_all(
+                    [signal.spec], _with_progress(served, signal.spec[:40], questions, [*questions], console)
+                )
+        elif signal.of_rows is not None:
             missing = keeper.recall(questions, [signal.spec])
             blocks = _judge_in_blocks(questions, signal, missing)
             keeper.add_all([signal.spec], _with_progress(blocks, signal.spec[:40], questions, missing, console))
@@ -98,6 +107,7 @@ def _judge_in_blocks(
     questions: dict[int, Question], signal: Signal, missing: list[int]
 ) -> Iterator[tuple[int, list[list[Verdict]]]]:
     assert signal.of_rows is not None
+    assert not isinstance(signal.of_rows, ServedSignal)
     for start in range(0, len(missing), _ROWS_AT_ONCE):
         numbers = missing[start : start + _ROWS_AT_ONCE]
         verdicts = signal.of_rows.judge([questions[number] for number in numbers])

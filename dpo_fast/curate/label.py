@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dpo_fast.config import EvalConfig, LabelConfig, SignalConfig
 from dpo_fast.console import say
+from dpo_fast.curate.engines.servers import NEUTRAL_SETTINGS
 from dpo_fast.curate.identity import versions
 from dpo_fast.curate.judge_rows import Verdicts, judge_rows
 from dpo_fast.curate.messages import text_of
@@ -29,6 +30,7 @@ from dpo_fast.curate.rows import (
 )
 from dpo_fast.curate.signals.models import ModelSignal
 from dpo_fast.curate.signals.registry import Signal, parse_signals
+from dpo_fast.curate.signals.served import ServedSignal
 from dpo_fast.curate.stopping import exit_on_signals
 from dpo_fast.curate.verdict import Question, Verdict
 from dpo_fast.curate.worklog import WorkLog
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Settings that change no verdict; all others must match for an interrupted run to be resumed.
-_WITHOUT_EFFECT = ("num_workers", "judge_batch_size", "allow_commands", "signal_weights")
+_WITHOUT_EFFECT = ("num_workers", "judge_batch_size", "allow_commands", "signal_weights", *NEUTRAL_SETTINGS)
 
 
 def run_label(config: LabelConfig, console: Console | None = None) -> Path:
@@ -60,6 +62,9 @@ def _run_signals(config: LabelConfig, console: Console) -> Path:
     out = check_out(config.out, overwrite=config.overwrite)
     signals = parse_signals(config)
     rows = read_objects(config.data, config.max_rows, console)
+    if config.dry_run:
+        _say_estimates(signals, list(_read_questions(rows, config, console).values()), console)
+        return out
     depends_on = _depends_on(rows, signals, config)
     with hold_output(out), WorkLog(out, depends_on, overwrite=config.overwrite) as log:
         labelled = label_rows(rows, config, console=console, log=log)
@@ -84,7 +89,8 @@ def label(data: Rows, *, signals: str | list[str], console: Console | None = Non
     Raises:
         UserError: an unknown setting or signal, or no usable rows.
     """
-    known = {field.name for field in fields(LabelConfig)} - {"data", "out", "by_hand", "terminal", "overwrite"}
+    of_the_command = {"data", "out", "by_hand", "terminal", "overwrite", "dry_run"}
+    known = {field.name for field in fields(LabelConfig)} - of_the_command
     if unknown := sorted(settings.keys() - known):
         raise UserError(f"label(): unknown setting {unknown[0]!r}; choose from {', '.join(sorted(known))}")
     config = LabelConfig(signals=signals, **settings)
@@ -118,7 +124,17 @@ def label_rows(
     verdicts = judge_rows(questions, signals, config, log, console)
     for signal in signals:
         say(console, _summary(signal.spec, verdicts))
+        if isinstance(signal.of_rows, ServedSignal):
+            say(console, f"{signal.spec}: {signal.of_rows.summary()}")
     return [rows[number] | _labels(rows[number], verdicts[number], signals) for number in questions]
+
+
+def _say_estimates(signals: list[Signal], questions: list[Question], console: Console) -> None:
+    """What signals on servers would be sent."""
+    for signal in signals:
+        of_rows = signal.of_rows
+        cost = of_rows.estimate(questions) if isinstance(of_rows, ServedSignal) else "sends no requests"
+        say(console, f"dry run: {signal.spec}: {cost}")
 
 
 def _read_questions(rows: Sequence[Row], config: LabelConfig | EvalConfig, console: Console) -> dict[int, Question]:

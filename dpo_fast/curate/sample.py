@@ -7,13 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 from rich.console import Console
 
 from dpo_fast.config import DataConfig, SampleConfig
 from dpo_fast.console import ProgressLine, progress_line, say
+from dpo_fast.curate.engines.parallel import Log
+from dpo_fast.curate.engines.sampling import describe_plan, served_answers
+from dpo_fast.curate.engines.servers import NEUTRAL_SETTINGS
 from dpo_fast.curate.generate import Writer, load_writer
 from dpo_fast.curate.identity import file_identity, model_identity, versions
 from dpo_fast.curate.rows import (
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 
 RESPONSES, SAMPLES = "responses", "samples"
 # Settings that do not change any answer.
-_NEUTRAL = ("out", "overwrite")
+_NEUTRAL = ("out", "overwrite", "dry_run", *NEUTRAL_SETTINGS)
 
 
 @exit_on_signals(resumable=True)
@@ -56,9 +59,13 @@ def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
         UserError: a mistake in the settings or the data.
     """
     console = console or Console()
-    pick_device(config.device)
+    if config.backend != "openai":
+        pick_device(config.device)
     out = check_out(config.out, overwrite=config.overwrite)
     rows = read_objects(config.data, config.max_rows, console)
+    if config.dry_run:
+        say(console, describe_plan(rows, config, _sources(config), _columns(config), console=console))
+        return out
     with hold_output(out), WorkLog(out, _depends_on(rows, config), overwrite=config.overwrite) as log:
         written = sample_rows(rows, config, console=console, log=log)
         write_rows(out, written)
@@ -68,10 +75,14 @@ def run_sample(config: SampleConfig, *, console: Console | None = None) -> Path:
 
 
 def _depends_on(rows: Sequence[Row], config: SampleConfig) -> dict[str, Any]:
-    """All that an answer depends on, by name."""
-    depends_on = {
+    """All that an answer depends on, by name. What a server runs is not known here."""
+    depends_on: dict[str, Any] = {
         "settings": {name: value for name, value in asdict(config).items() if name not in _NEUTRAL},
         "rows": rows,
+    }
+    if config.backend == "openai":
+        return depends_on
+    depends_on |= {
         "device": pick_device(config.device).type,
         "versions": versions("torch", "transformers", *(["vllm"] if config.backend == "vllm" else [])),
     }
@@ -115,7 +126,9 @@ def sample_rows(
 ) -> list[Row]:
     """The rows with their distinct answers; see `sample`. Rows without a usable prompt are dropped and counted."""
     written = answer_rows(rows, config, console=console, log=log)
-    distinct = [without_duplicates(row) for row in written]
+    distinct = [without_duplicates(row) for row in written if row[RESPONSES]]
+    if not distinct:
+        raise UserError("no prompt was answered: the server refused every request")
     before, after = (sum(len(row[RESPONSES]) for row in some) for some in (written, distinct))
     say(console, f"{before} answers, {before - after} duplicates")
     return distinct
@@ -128,14 +141,6 @@ def without_duplicates(row: Row) -> Row:
         figures = {name: value for name, value in sampled.items() if name != "ids"}
         kept.setdefault(text, figures | {"copies": 0})["copies"] += 1
     return row | {RESPONSES: list(kept), SAMPLES: list(kept.values())}
-
-
-class _Log(Protocol):
-    """The part of a `WorkLog` that sampling needs."""
-
-    results: dict[str, Any]
-
-    def add(self, results: dict[str, Any]) -> None: ...
 
 
 class _Memory:
@@ -175,11 +180,12 @@ def answer_rows(
 
     With the same seed, settings and tokens the i-th answers of two models come from the same stream of random numbers.
     """
-    temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
-    sources = [(model, temperature) for model in _models(config) for temperature in temperatures]
-    _check(config, sources)
+    sources = _sources(config)
     columns = _columns(config)
-    done: _Log = log or _Memory()
+    done: Log = log or _Memory()
+    if config.backend == "openai":
+        served = served_answers(rows, config, sources, columns, console=console, log=done)
+        return [_with_responses(found.row, found.prompt, found.answers, config) for found in served]
     prompts: list[_Prompt] = []
     batches: list[_Batch] = []
     with progress_line(console, "sampling", 0) as line:
@@ -199,7 +205,7 @@ def answer_rows(
 
 
 def _write(
-    batches: list[_Batch], ids: list[list[int]], done: _Log, load: Callable[[], Writer], line: ProgressLine
+    batches: list[_Batch], ids: list[list[int]], done: Log, load: Callable[[], Writer], line: ProgressLine
 ) -> None:
     """Write the batches that are not done yet; the model is loaded only if there are any."""
     writer: Writer | None = None
@@ -222,18 +228,35 @@ def _with_answers(
             figures = {name: value for name, value in answer.items() if name != "text"}
             found[i].append((answer["text"], origin | figures | {"num_tokens": len(answer["ids"])}))
     return [
-        prompt.row
-        | {
-            config.prompt_column: prompt.text,
-            RESPONSES: [text for text, _ in answers],
-            SAMPLES: [how for _, how in answers],
-        }
+        _with_responses(prompt.row, prompt.text, answers, config)
         for prompt, answers in zip(prompts, found, strict=True)
     ]
 
 
+def _with_responses(row: Row, prompt: Text, answers: list[tuple[str, Row]], config: SampleConfig) -> Row:
+    """The row with its prompt as the model saw it, and each answer with where it comes from."""
+    texts, origins = [text for text, _ in answers], [how for _, how in answers]
+    return row | {config.prompt_column: prompt, RESPONSES: texts, SAMPLES: origins}
+
+
+def _sources(config: SampleConfig) -> list[tuple[str, float]]:
+    """All combinations of model and temperature.
+
+    Raises:
+        UserError: a setting cannot work.
+    """
+    temperatures = config.temperature if isinstance(config.temperature, list) else [config.temperature]
+    sources = [(model, temperature) for model in _models(config) for temperature in temperatures]
+    _check(config, sources)
+    return sources
+
+
 def _check(config: SampleConfig, sources: list[tuple[str, float]]) -> None:
     """Reject settings that cannot work."""
+    if config.backend == "openai" and config.chat_template is not None:
+        raise UserError("--chat_template: a server applies its own template; pass it to the server instead")
+    if config.dry_run and config.backend != "openai":
+        raise UserError(f"--dry_run: estimates requests to a server; --backend {config.backend} sends none")
     if not all(model for model, _ in sources) or not sources:
         raise UserError("no model given: pass --model with a checkpoint folder, a Hub name or a .gguf file")
     if config.num_samples < len(sources):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.identity import Identity
 from dpo_fast.curate.verdict import Question, TextSignal, Verdict
 from dpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dpo_fast.curate.signals.served import ServedSignal
 
 # Seconds beyond `--timeout` after which a process that does not return is killed.
 KILL_GRACE = 5.0
@@ -26,9 +29,9 @@ class RowSignal(Protocol):
 
 # Both take what follows the signal's name, and the settings; a `UserError` says what is wrong with either.
 TextBuilder: TypeAlias = Callable[[str, SignalConfig], TextSignal]
-RowBuilder: TypeAlias = Callable[[str, SignalConfig], RowSignal]
+RowBuilder: TypeAlias = "Callable[[str, SignalConfig], RowSignal | ServedSignal]"
 _TextBuilder = TypeVar("_TextBuilder", bound=TextBuilder)
-_RowBuilder = TypeVar("_RowBuilder", bound=RowBuilder)
+_RowBuilder = TypeVar("_RowBuilder", bound="RowBuilder")
 
 
 @dataclass(frozen=True)

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from dpo_fast.curate.identity import model_identity
+from dpo_fast.config import SignalConfig
 from dpo_fast.curate.messages import text_of
+from dpo_fast.curate.signals.comparisons import Comparison, fill, question_of, win_shares
 from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
+from dpo_fast.curate.signals.served import PREFIX, identity_of
+from dpo_fast.curate.signals.served_judge import ServedJudge
 from dpo_fast.curate.verdict import Question, Verdict
 from dpo_fast.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-JUDGE_QUESTION = """\
-Which of two answers to a request is better: more correct, more helpful and better written?
-
-[Request]
-{prompt}
-
-[Answer A]
-{first}
-
-[Answer B]
-{second}
-
-Reply with the letter of the better answer, A or B, and nothing else."""
 _LETTERS = ("A", "B")
 
 
-@row_signal("judge:NAME", identity=model_identity)
 class Judge(ModelSignal):
     """`judge:NAME`: the share of its comparisons that an answer wins, a tie counting half.
 
@@ -44,6 +32,10 @@ class Judge(ModelSignal):
 
     kind = "judge"
     padding_side = "left"
+
+    def __init__(self, name: str, config: SignalConfig) -> None:
+        super().__init__(name, config)
+        self.question = question_of(config)
 
     @cached_property
     def model(self) -> Any:
@@ -93,64 +85,34 @@ class Judge(ModelSignal):
         asked: list[Tokens] = []
         plans = [self._plan(question, asked) for question in questions]
         preferences = self.read(asked)
-        return [_shares(len(q.answers), plan, preferences) for q, plan in zip(questions, plans, strict=True)]
+        return [win_shares(len(q.answers), plan, preferences) for q, plan in zip(questions, plans, strict=True)]
 
-    def _plan(self, question: Question, asked: list[Tokens]) -> list[_Comparison]:
+    def _plan(self, question: Question, asked: list[Tokens]) -> list[Comparison]:
         """The comparisons of a row; adds both orders of each one to `asked`."""
         plan = []
         for first, second in combinations(range(len(question.answers)), 2):
             a, b = question.answers[first], question.answers[second]
             if a == b:
-                plan.append(_Comparison(first, second))
+                plan.append(Comparison(first, second))
                 continue
             orders = [attempt(self._encode, question.prompt, *order) for order in ((a, b), (b, a))]
             refused = next((tokens for tokens in orders if isinstance(tokens, Verdict)), None)
-            plan.append(_Comparison(first, second, place=len(asked), refused=refused))
+            plan.append(Comparison(first, second, place=len(asked), refused=refused))
             if refused is None:
                 asked.extend(orders)
         return plan
 
     def _encode(self, prompt: Any, first: str, second: str) -> Tokens:
         words = {"prompt": text_of(prompt), "first": first, "second": second}
-        question = JUDGE_QUESTION.format(**{name: self.defuse(text) for name, text in words.items()})
+        question = fill(self.question, **{name: self.defuse(text) for name, text in words.items()})
         if self.tokenizer.chat_template:
             return self.encode_turns([{"role": "user", "content": question}], add_generation_prompt=True)
         return self.encode(f"{question}\n\nBetter answer:")
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """Two answers of a row.
-
-    Attributes:
-        first: index of one answer.
-        second: index of the other.
-        place: index of its first order among all questions, followed by the second; None for identical answers.
-        refused: why it cannot be asked.
-    """
-
-    first: int
-    second: int
-    place: int | None = None
-    refused: Verdict | None = None
-
-
-def _shares(num_answers: int, plan: list[_Comparison], preferences: list[float]) -> list[Verdict]:
-    """The share of its comparisons that each answer won, from how much A was preferred each time."""
-    won: list[list[float]] = [[] for _ in range(num_answers)]
-    refused: dict[int, Verdict] = {}
-    for comparison in plan:
-        if comparison.refused:
-            refused |= dict.fromkeys((comparison.first, comparison.second), comparison.refused)
-            continue
-        share = 0.5
-        if comparison.place is not None:
-            one, other = preferences[comparison.place], -preferences[comparison.place + 1]
-            share = 1.0 if one > 0 and other > 0 else 0.0 if one < 0 and other < 0 else 0.5
-        won[comparison.first].append(share)
-        won[comparison.second].append(1 - share)
-    alone = Verdict(None, "a judge needs two answers to compare")
-    return [
-        Verdict(sum(shares) / len(shares)) if shares else refused.get(number, alone)
-        for number, shares in enumerate(won)
-    ]
+@row_signal("judge:NAME", f"judge:{PREFIX}NAME", identity=identity_of)
+def judge(argument: str, config: SignalConfig) -> Judge | ServedJudge:
+    """A judge on this machine, or on a server."""
+    if argument.startswith(PREFIX):
+        return ServedJudge(argument.removeprefix(PREFIX), config)
+    return Judge(argument, config)

@@ -11,6 +11,7 @@ import dpo_fast.curate.signals as folder
 from dpo_fast.config import SignalConfig
 from dpo_fast.curate.identity import Identity
 from dpo_fast.curate.signals.declare import SIGNALS, Declaration, RowSignal
+from dpo_fast.curate.signals.served import ServedSignal
 from dpo_fast.curate.verdict import TextSignal
 from dpo_fast.errors import UserError
 
@@ -35,7 +36,7 @@ class Signal:
     weight: float
     declaration: Declaration
     of_text: TextSignal | None = None
-    of_rows: RowSignal | None = None
+    of_rows: RowSignal | ServedSignal | None = None
 
     @property
     def argument(self) -> str:

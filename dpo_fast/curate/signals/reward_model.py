@@ -7,10 +7,12 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from dpo_fast.curate.identity import model_identity
+from dpo_fast.config import SignalConfig
 from dpo_fast.curate.messages import text_of
 from dpo_fast.curate.signals.declare import row_signal
 from dpo_fast.curate.signals.models import ModelSignal, Tokens, attempt
+from dpo_fast.curate.signals.served import PREFIX, identity_of
+from dpo_fast.curate.signals.served_reward_model import ServedRewardModel
 from dpo_fast.curate.verdict import Question, Verdict, verdict_of
 from dpo_fast.errors import UserError
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@row_signal("reward-model:NAME", identity=model_identity)
 class RewardModel(ModelSignal):
     """`reward-model:NAME`: the one logit of a sequence classifier on prompt and answer."""
 
@@ -75,3 +76,11 @@ class RewardModel(ModelSignal):
         if self.tokenizer.chat_template:
             return self.encode_turns([*self.turns(prompt, "user"), *self.turns(answer, "assistant")])
         return self.encode(self.defuse(text_of(prompt)), self.defuse(answer))
+
+
+@row_signal("reward-model:NAME", f"reward-model:{PREFIX}NAME", identity=identity_of)
+def reward_model(argument: str, config: SignalConfig) -> RewardModel | ServedRewardModel:
+    """A reward model on this machine, or on a server."""
+    if argument.startswith(PREFIX):
+        return ServedRewardModel(argument.removeprefix(PREFIX), config)
+    return RewardModel(argument, config)

@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from dpo_fast.config import LabelConfig
-from dpo_fast.curate.signals.judge import JUDGE_QUESTION
+from dpo_fast.curate.signals.comparisons import JUDGE_QUESTION
 from dpo_fast.curate.signals.registry import parse_signals
 from dpo_fast.curate.verdict import Question
 from dpo_fast.errors import UserError
