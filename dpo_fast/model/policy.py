@@ -78,7 +78,7 @@ class Policy:
         shares_prompts: lay a prompt out once for all its answers; false computes answer by answer.
         static_tokens: fill every pack up to this many tokens, so that compiled layers see one size; None fills none.
         is_compiled: whether the decoder's layers are compiled.
-        is_sharded: whether the weights are spread over processes.
+        parallel: what processes share of the model; None if there is one.
         router_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out, None takes the
             model's own coefficient if its configuration asks for balancing, as in transformers.
     """
@@ -92,7 +92,7 @@ class Policy:
     shares_prompts: bool = True
     static_tokens: int | None = None
     is_compiled: bool = False
-    is_sharded: bool = False
+    parallel: Parallel | None = None
     router_loss_coef: float | None = None
 
     @classmethod
@@ -119,7 +119,7 @@ class Policy:
             memory_budget=int(config.head_memory_budget_gib * 2**30),
             autotune=config.autotune,
             deterministic_attention=config.deterministic_attention,
-            is_sharded=parallel is not None,
+            parallel=parallel,
         )
 
     @property
@@ -132,13 +132,24 @@ class Policy:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
         layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
         ways = " compiled" * self.is_compiled + " lengths apart" * (self.length_regimes is not None)
-        ways += " gathered weights" * (self.is_sharded and self.bf16)
+        ways += " gathered weights" * (self.parallel is not None and self.bf16)
         return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}"
 
     @cached_property
     def length_regimes(self) -> LengthRegimes | None:
         """How the length of a row decides on its rotary frequencies, if it does."""
         return LengthRegimes.of(self.model)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return self.parallel == "fsdp"
+
+    def sum_gradients(self, *, now: bool) -> None:
+        """Let copies of the weights sum their gradients in the next backward, or in a later one of the same step."""
+        if self.parallel == "ddp":
+            self.model.set_requires_all_reduce(now)
+            self.model.set_is_last_backward(now)  # which forgets what has not been summed yet
 
     @property
     def noise(self) -> float:
@@ -155,7 +166,7 @@ class Policy:
         Returns:
             Log-probs in the order of `batch.targets`, differentiable.
         """
-        if not self.is_sharded:
+        if self.parallel is None:
             return self._forward(batch, want_stats=want_stats)
         # Gathering weights hangs on the model's own forward, and on the tensors in what it returns.
         return Scored(*self.model(packed=lambda: self._forward(batch, want_stats=want_stats).as_tuple()))
@@ -322,7 +333,7 @@ class Policy:
 
         Those are in the first process alone, and all have to ask for them.
         """
-        return whole_weights(self.model) if self.is_sharded else self.model.state_dict()
+        return self.model.state_dict() if self.parallel is None else whole_weights(self.model)
 
     def save(
         self,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from dpo_fast.errors import UserError
@@ -76,19 +76,6 @@ def _part_again(model: Any, inputs: Any, outputs: Any) -> None:
     """
     if not torch.is_grad_enabled():
         model.reshard()
-
-
-def sum_gradients_at(model: nn.Module, *, last: bool) -> None:
-    """Let copies of a weight be summed in the next backward only if it is the step's last one."""
-    if isinstance(model, FSDPModule) and not is_split(model):
-        model.set_requires_all_reduce(last)
-        model.set_is_last_backward(last)  # which forgets what has not been summed yet
-
-
-def is_split(model: nn.Module) -> bool:
-    """Whether each process holds a part of the weights only."""
-    parameter = next(model.parameters())
-    return isinstance(parameter, DTensor) and parameter.device_mesh["shard"].size() > 1
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class MovingReference:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the weights from `state_dict`."""
-        if not self.reference.is_sharded:
+        if self.reference.parallel is None:
             self.reference.model.load_state_dict(state)
             return
         for name, weight in self.reference.model.state_dict().items():

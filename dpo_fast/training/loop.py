@@ -24,7 +24,6 @@ from dpo_fast.files import write_errors, write_folder_atomically
 from dpo_fast.losses.objective import loss_names, needs_reference
 from dpo_fast.model.policy import Policy
 from dpo_fast.model.precision import saved_dtype
-from dpo_fast.model.sharding import is_split
 from dpo_fast.packs.layout import PackedBatch, pack
 from dpo_fast.ranks import ONE_PROCESS
 from dpo_fast.training.checkpoint import load_state, save_checkpoint, save_state
@@ -251,7 +250,7 @@ class Trainer:
 
     def part(self) -> dict[str, Any]:
         """What each process writes into a file of its own, if it holds a part of the weights; else empty."""
-        if not is_split(self.policy.model):
+        if not self.policy.is_split:
             return {}
         part = {"optimizer": self.optimizer.state_dict()}
         if self.reference.moving is not None:
@@ -309,7 +308,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, and what is in the processes' parts."""
-        parts = self.ranks.world_size if is_split(self.policy.model) else 0
+        parts = self.ranks.world_size if self.policy.is_split else 0
         state = {
             "step": self.step,
             "run": self.folder.run,
@@ -348,7 +347,7 @@ class Trainer:
 
     def _with_parts(self, state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         """The state, with what this process needs of the files that processes wrote for themselves."""
-        is_shared, num_parts = is_split(self.policy.model), state["parts"]
+        is_shared, num_parts = self.policy.is_split, state["parts"]
         is_own = num_parts == (self.ranks.world_size if is_shared else 0)
         if not num_parts:
             return state | {"optimizer": {"parts": [state["optimizer"]], "is_own": is_own}}
@@ -386,7 +385,7 @@ class Trainer:
 
     def _restore_optimizer(self, state: dict[str, Any]) -> None:
         own = OPTIMIZERS[optimizer_name(self.config)]
-        ranks = self.ranks if is_split(self.policy.model) else ONE_PROCESS
+        ranks = self.ranks if self.policy.is_split else ONE_PROCESS
         with own_settings(self.optimizer):
             if state["is_own"]:
                 converted = load_optimizer_state(self.optimizer, state["parts"][0], own.state_format)

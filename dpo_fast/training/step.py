@@ -15,7 +15,6 @@ from dpo_fast.losses.objective import any_loss, needs_reference, preference_loss
 from dpo_fast.losses.pairs import OF_POLICY, PairLogps
 from dpo_fast.model.policy import Policy, Scored
 from dpo_fast.model.scorer import Scorer
-from dpo_fast.model.sharding import sum_gradients_at
 from dpo_fast.packs.layout import Group, PackedBatch, pack
 from dpo_fast.ranks import ONE_PROCESS, Ranks
 from dpo_fast.training.metrics import pair_metrics
@@ -82,7 +81,7 @@ class StepLoss:
             yield from self._backward_together(list(batches), share)
             return
         for batch, is_last in _with_last(batches):
-            sum_gradients_at(self.policy.model, last=is_last)
+            self.policy.sum_gradients(now=is_last)
             pairs, rest = self._forward(batch)
             if batch is None or pairs is None:
                 (rest / share).backward()
@@ -101,10 +100,10 @@ class StepLoss:
         pairs, rest = self._forward(last)
         own = [part for part in (*before, pairs) if part is not None]
         losses = preference_loss(PairLogps.join([*own, *self._of_others(own)]), self.config)
-        sum_gradients_at(self.policy.model, last=not others)
+        self.policy.sum_gradients(now=not others)
         ((losses.sum() + rest) / share).backward()
         for (batch, is_last), coefficients in zip(_with_last(others), leaves, strict=True):
-            sum_gradients_at(self.policy.model, last=is_last)
+            self.policy.sum_gradients(now=is_last)
             again, rest = self._forward(batch)
             gradients = {name: leaf.grad for name, leaf in coefficients.items() if leaf.grad is not None}
             terms = [(gradient * getattr(again, name)).sum() for name, gradient in gradients.items()]
