@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo_fast.errors import UserError
 from dpo_fast.ranges import Settings, number
 
 PairChoice = Literal["best_worst", "adjacent", "all"]
@@ -83,9 +84,13 @@ class ModelConfig(Settings):
     """Which model to run, on which device, in which precision.
 
     Attributes:
-        model: checkpoint folder, Hub name or .gguf file.
+        model: checkpoint folder, Hub name, .gguf file or adapter's folder.
+        adapter: folder of an adapter (peft's format) to use on `model`; the same as that folder as `model` with `model`
+            as `adapter_base`.
+        adapter_base: model beneath the adapter that `model` names; null is the one that its configuration names.
+        load_in_4bit: quantise the weights to 4 bits while loading (bitsandbytes' NF4, double quantisation).
         device: `auto` is CUDA if there is a GPU, otherwise the CPU.
-        dtype: dtype of the weights; `auto` is float32.
+        dtype: dtype of the weights; `auto` is float32, or bfloat16 for the frozen weights under an adapter on a GPU.
         bf16: run forward and backward under bfloat16 autocast; null is true on a GPU, false on a CPU.
         max_tokens_per_batch: token budget of one pack; null is 2,048 on a CPU and 8,192 on a GPU (128 per GiB of its
             memory if that is less), or the longest row, but no more than `per_device_train_batch_size` pairs of full
@@ -95,11 +100,17 @@ class ModelConfig(Settings):
             false uses the defaults.
         deterministic_attention: on a GPU, sum in a fixed order in attention's backward, so that runs are bit-identical;
             false allows any order.
+        fused_layers: on a GPU, compute norms, rotary embeddings and gated MLPs by Liger's kernels; `auto` does so where
+            liger-kernel is installed, knows the model and gives its log-probs, and leaves it to `torch_compile` if that
+            is on; true refuses to run without.
         reference_store: SQLite file with reference log-probs; null is `reference.sqlite` in the user's cache folder.
         trust_remote_code: run code that comes with a model; false refuses such models, and asks nothing.
     """
 
     model: str = ""
+    adapter: str | None = None
+    adapter_base: str | None = None
+    load_in_4bit: bool = False
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     bf16: bool | None = None
@@ -107,8 +118,15 @@ class ModelConfig(Settings):
     head_memory_budget_gib: float = number(2.0, least=0)
     autotune: bool = True
     deterministic_attention: bool = True
+    fused_layers: bool | Literal["auto"] = "auto"
     reference_store: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Fold the two ways to name an adapter into one, so that saved settings hold one value."""
+        super().__post_init__()
+        if self.adapter is not None:
+            self.model, self.adapter_base, self.adapter = self.adapter, self.adapter_base or self.model or None, None
 
 
 @dataclass
@@ -164,7 +182,10 @@ class SampleConfig(SamplingConfig):
     """Settings of `dpo-fast sample`: those of `SamplingConfig`, plus the following.
 
     Attributes:
-        model: checkpoint folder, Hub name, .gguf file or the name on a server, or a list of them.
+        model: checkpoint folder, Hub name, .gguf file, adapter's folder or the name on a server, or a list of them.
+        adapter: folder of an adapter to use on `model`, as for `dpo-fast train`.
+        adapter_base: model beneath adapters that `model` names; null is the one that their configuration names.
+        load_in_4bit: quantise the weights to 4 bits while loading.
         data: rows with a prompt, in any file or dataset that `dpo-fast train` reads; other columns are kept.
         out: .jsonl file to write, one row per prompt.
         prompt_column: column of the prompt, a string or messages.
@@ -183,6 +204,9 @@ class SampleConfig(SamplingConfig):
     """
 
     model: str | list[str] = ""
+    adapter: str | None = None
+    adapter_base: str | None = None
+    load_in_4bit: bool = False
     data: str = ""
     out: str = ""
     prompt_column: str = "prompt"
@@ -197,6 +221,14 @@ class SampleConfig(SamplingConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     overwrite: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """As for `ModelConfig`."""
+        super().__post_init__()
+        if self.adapter is not None:
+            if isinstance(self.model, list):
+                raise UserError("--adapter: expected one --model beneath it; or name adapters' folders as --model")
+            self.model, self.adapter_base, self.adapter = self.adapter, self.adapter_base or self.model or None, None
 
 
 @dataclass
@@ -456,6 +488,15 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
 
     Attributes:
         output_dir: folder of the run.
+        peft: train an adapter instead of the weights: `lora`, `dora`, or `qlora`, which is `lora` on 4-bit weights.
+        use_peft: TRL's name for `peft` `lora`.
+        lora_r: rank of the adapter.
+        lora_alpha: scale of the adapter, which is multiplied by `lora_alpha / lora_r`.
+        lora_dropout: dropout of the adapter's input.
+        lora_target_modules: layers to adapt: `all-linear` is all but the head, or a list of names.
+        sft_adapter: what to do with an adapter that `model` names: `merge` it into the weights, or `keep` it beneath
+            the new one; `auto` keeps it on 4-bit weights. The result is the reference either way.
+        merge_final: also write `merged/`, the trained model with the adapter added to its weights.
         ref_model: the reference, if it is not the model that training starts from.
         sync_ref_model: TR-DPO: let the reference follow the policy; it then stays in memory as a second model and
             scores every pack.
@@ -503,6 +544,14 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     """
 
     output_dir: str = "runs/dpo"
+    peft: Literal["none", "lora", "dora", "qlora"] = "none"
+    use_peft: bool = False
+    lora_r: int = number(16, above=0, most=65536)
+    lora_alpha: float = number(32.0, above=0, most=1e6)
+    lora_dropout: float = number(0.0, least=0, below=1)
+    lora_target_modules: str | list[str] = "all-linear"
+    sft_adapter: Literal["auto", "merge", "keep"] = "auto"
+    merge_final: bool = False
     ref_model: str | None = None
     sync_ref_model: bool = False
     ref_model_sync_steps: int = number(512, above=0)
@@ -542,8 +591,13 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        """Fold the two names into one, so that saved settings hold one value."""
+        """Fold several names of one thing into one, so that saved settings hold one value."""
         super().__post_init__()
+        if self.use_peft:
+            self.peft, self.use_peft = "lora" if self.peft == "none" else self.peft, False
+        if self.peft == "lora" and self.load_in_4bit:
+            self.peft = "qlora"
+        self.load_in_4bit = self.load_in_4bit or self.peft == "qlora"
         if self.activation_checkpointing is not None:
             self.gradient_checkpointing, self.activation_checkpointing = self.activation_checkpointing, None
 
@@ -556,15 +610,11 @@ class PlanConfig(DPOConfig):
         model: checkpoint folder, Hub name, .gguf file, or a shape that is built in, such as `llama-3-8b`.
         gpu: card to plan for, such as `h100-80`, or `cpu`; null is what is here.
         gpus: how many of them.
-        peft: plan for an adapter: `lora` on bf16 weights, `qlora` on 4-bit ones.
-        lora_r: rank of the adapter.
         json: print the plan as JSON.
         out: .png, .svg or .pdf file to draw it to.
     """
 
     gpu: str | None = None
     gpus: int = number(1, above=0, most=65536)
-    peft: Literal["none", "lora", "qlora"] = "none"
-    lora_r: int = number(16, above=0)
     json: bool = False
     out: str | None = None

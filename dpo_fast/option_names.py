@@ -46,6 +46,12 @@ _OTHER_NAMES = {
     "apply_chat_template": "conversational use_chat_template",
     "seed": "random_seed random_state",
     "ld_alpha": "ld_dpo_alpha",
+    "peft": "lora use_dora qlora finetuning_type train_type tuner_type use_lora",
+    "lora_r": "lora_rank rank r",
+    "lora_alpha": "alpha",
+    "lora_target_modules": "lora_target target_modules lora_target_linear",
+    "load_in_4bit": "quantization_bit bits",
+    "adapter": "adapter_name_or_path lora_model_dir adapters lora_path",
 }
 _MEANINGS: dict[str, list[str]] = {}
 for _ours, _others in _OTHER_NAMES.items():
@@ -53,10 +59,7 @@ for _ours, _others in _OTHER_NAMES.items():
         _MEANINGS.setdefault(_other, []).append(_ours)
 
 _ABSENT_NAMES = {
-    "adapters are not trained by this command yet: use dpo_fast.integrations.trl.DPOTrainer with a peft_config": (
-        "use_peft peft lora lora_r lora_alpha lora_dropout lora_target_modules lora_rank lora_target use_dora qlora "
-        "finetuning_type adapter load_in_4bit load_in_8bit quantization_bit"
-    ),
+    "4-bit weights are here: --load_in_4bit true": "load_in_8bit",
     "this command is one process: for several GPUs use dpo_fast.integrations.trl.DPOTrainer, by DDP": (
         "deepspeed fsdp fsdp_config zero_stage ddp tensor_parallel nproc num_processes"
     ),

@@ -218,7 +218,7 @@ FILES = {
         "lerning_rate: 1\nfoo: 2\n",
         r"--lerning_rate \(did you mean --learning_rate\?\), --foo$",
     ),
-    "names of others": ("lr: 1\nuse_peft: true\n", r"--lr \(here --learning_rate\), --use_peft \(adapters are not"),
+    "names of others": ("lr: 1\nlora_rank: 8\n", r"--lr \(here --learning_rate\), --lora_rank \(here --lora_r\)"),
     "twice": ("beta: 1\nbeta: 2\n", r"line 2: 'beta' occurs twice"),
     "a list": ("- a\n", r"holds a list; expected `name: value` lines"),
     "not YAML": ("a: [1\n", r"line \d: "),

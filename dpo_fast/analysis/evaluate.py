@@ -89,7 +89,7 @@ def _check(config: EvalConfig) -> Path | None:
     if config.signals and not config.prompts:
         raise UserError("--signals: there are no answers to judge; pass --prompts with the prompts to answer")
     if config.backend != "openai" or config.data:
-        find(config.model)
+        find(config.model, config.adapter_base)
         find(config.reference, option="--reference")
         pick_device(config.device)
     if config.out is not None and Path(config.out).suffix != ".json":

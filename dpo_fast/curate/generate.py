@@ -15,6 +15,7 @@ import torch
 
 from dpo_fast.config import ModelConfig, SampleConfig, SamplingConfig
 from dpo_fast.errors import UserError
+from dpo_fast.model.adapter_folder import is_adapter
 from dpo_fast.model.attention import own_attention
 from dpo_fast.model.check import refuse_unknown_tokens, with_fitting_layout
 from dpo_fast.model.placement import pick_device
@@ -64,23 +65,34 @@ def load_writer(name: str, tokenizer: PreTrainedTokenizerBase, config: SampleCon
         UserError: it cannot be loaded, or vLLM is requested and not installed.
     """
     if config.backend == "vllm":
+        if is_adapter(name):
+            raise UserError(
+                f"--backend vllm: {name} is an adapter; name a merged model (--merge_final true of dpo-fast train), or "
+                "use --backend transformers"
+            )
         return VllmWriter(name, config, config.dtype)
-    return TransformersWriter(name, tokenizer, config, device=config.device, dtype=config.dtype)
+    return TransformersWriter(name, tokenizer, config)
 
 
 class TransformersWriter:
     """Batched generation by transformers; log-probs by the packed forward."""
 
-    def __init__(
-        self, name: str, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, *, device: str, dtype: str
-    ) -> None:
-        """`dtype` is `float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, sampling: SampleConfig) -> None:
+        """Load the model; a dtype of `auto` is bfloat16 on a GPU, float32 on a CPU."""
+        device, dtype = sampling.device, sampling.dtype
         weights: Literal["float32", "bfloat16"] = "float32"
         if dtype == "bfloat16" or (dtype == "auto" and pick_device(device).type == "cuda"):
             weights = "bfloat16"
-        trusts = sampling.trust_remote_code
         self.policy = Policy.load(
-            ModelConfig(model=name, device=device, dtype=weights, bf16=False, trust_remote_code=trusts)
+            ModelConfig(
+                model=name,
+                adapter_base=sampling.adapter_base,
+                load_in_4bit=sampling.load_in_4bit,
+                device=device,
+                dtype=weights,
+                bf16=False,
+                trust_remote_code=sampling.trust_remote_code,
+            )
         )
         self.tokenizer = tokenizer
         self.sampling = sampling

@@ -41,8 +41,12 @@ def file_identity(file: str | Path) -> Identity:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def model_identity(name: str) -> Identity:
+def model_identity(name: str, base: str | None = None) -> Identity:
     """The hashes of a checkpoint's files, those of the model under an adapter included; for a Hub model its commit.
+
+    Args:
+        name: of the model.
+        base: the model under the adapter, if not the one that its configuration names.
 
     Raises:
         UserError: a file cannot be read.
@@ -51,7 +55,8 @@ def model_identity(name: str) -> Identity:
     adapter = Path(name, "adapter_config.json")
     if adapter.is_file():
         with suppress(ValueError, TypeError, KeyError):  # loading it says what is wrong
-            identity["base"] = _checkpoint_identity(json.loads(adapter.read_bytes())["base_model_name_or_path"])
+            own = json.loads(adapter.read_bytes())["base_model_name_or_path"]
+            identity["base"] = _checkpoint_identity(base or own)
     return identity
 
 

@@ -88,7 +88,9 @@ def _depends_on(rows: Sequence[Row], config: SampleConfig) -> dict[str, Any]:
     }
     if config.chat_template is not None:
         depends_on["chat template"] = file_identity(config.chat_template)
-    return depends_on | {f"files of the model {name}": model_identity(name) for name in _models(config) if name}
+    return depends_on | {
+        f"files of the model {name}": model_identity(name, config.adapter_base) for name in _models(config) if name
+    }
 
 
 def _columns(config: SampleConfig) -> DataConfig:
@@ -190,7 +192,9 @@ def answer_rows(
     batches: list[_Batch] = []
     with progress_line(console, "sampling", 0) as line:
         for model, group in groupby(enumerate(sources), lambda source: source[1][0]):
-            tokenizer = load_tokenizer(model, config.chat_template, trust_remote_code=config.trust_remote_code)
+            tokenizer = load_tokenizer(
+                model, config.chat_template, base=config.adapter_base, trust_remote_code=config.trust_remote_code
+            )
             tokenize = PairTokenizer(tokenizer)
             if prompts:
                 prompts = [replace(p, ids=prompt_ids(p.row, p.text, tokenize, columns)) for p in prompts]

@@ -96,6 +96,11 @@ class PairLogps:
             )
         return PairLogps(**columns, reward_shift=parts[0].reward_shift)  # type: ignore[arg-type]
 
+    def take(self, index: Tensor) -> PairLogps:
+        """Some of the pairs, in the order of `index`."""
+        taken = {name: x[index] for name in PER_PAIR if (x := getattr(self, name)) is not None}
+        return replace(self, **taken)
+
     def at_reference(self) -> PairLogps:
         """The same pairs with the policy equal to the reference: every margin is 0."""
         return replace(self, chosen=self.ref_chosen, rejected=self.ref_rejected)

@@ -97,7 +97,7 @@ def check_packed_forward(policy: Policy, groups: list[Group]) -> Verdict:
     Raises:
         UserError: even answer by answer a log-prob differs by more than the dtype's rounding.
     """
-    probes = _probe_groups(groups, length_thresholds(policy))
+    probes = probe_groups(groups, length_thresholds(policy))
     with own_attention(policy.model):
         plain = [torch.cat([_plain_logps(policy, group, i) for i in range(len(group.answers))]) for group in probes]
     reason = _why_not_packed(replace(policy, shares_prompts=True), probes, plain)
@@ -105,7 +105,7 @@ def check_packed_forward(policy: Policy, groups: list[Group]) -> Verdict:
         return Verdict(shares_prompts=True)
     unshared = replace(policy, shares_prompts=False)
     with own_attention(policy.model):
-        difference, row = _largest_difference(_scores(unshared, probes), plain, probes)
+        difference, row = worst_difference(scores(unshared, probes), plain, probes)
     if not difference <= policy.noise:
         raise UserError(
             f"{type(policy.model).__name__} gives other log-probs than its own forward (row {row}: {difference:.2g} "
@@ -122,16 +122,16 @@ def _why_not_packed(policy: Policy, probes: list[Group], plain: list[Tensor]) ->
             return f"{type(module).__name__} scales queries by their place in the row, not by position_ids"
     try:
         with packed_attention(policy.model):
-            packed = _scores(policy, probes)
+            packed = scores(policy, probes)
     except NoLayout:
         return "its attention is not told where answers begin"
     except CannotPack as feature:
         return str(feature)
-    difference, row = _largest_difference(packed, plain, probes)
+    difference, row = worst_difference(packed, plain, probes)
     return "" if difference <= policy.noise else f"row {row} differs by {difference:.2g} nats"
 
 
-def _scores(policy: Policy, groups: list[Group]) -> list[Tensor]:
+def scores(policy: Policy, groups: list[Group]) -> list[Tensor]:
     """Log-probs of each group's answers, from one pack of all."""
     lengths = [sum(len(group.targets(i)) for i in range(len(group.answers))) for group in groups]
     return list(policy.score(pack(groups)).cpu().split(lengths))
@@ -144,7 +144,7 @@ def length_thresholds(policy: Policy) -> set[int]:
     return windows | ({policy.length_regimes.threshold} if policy.length_regimes else set())
 
 
-def _probe_groups(groups: list[Group], thresholds: set[int]) -> list[Group]:
+def probe_groups(groups: list[Group], thresholds: set[int]) -> list[Group]:
     """The cheapest group in which a state that leaks from answer to answer would show, else the longest.
 
     And for each threshold the cheapest groups on both sides of it; if none exceeds it, it changes nothing.
@@ -166,7 +166,7 @@ def _num_tokens(group: Group) -> int:
     return group.num_tokens
 
 
-def _largest_difference(left: list[Tensor], right: list[Tensor], groups: list[Group]) -> tuple[float, int]:
+def worst_difference(left: list[Tensor], right: list[Tensor], groups: list[Group]) -> tuple[float, int]:
     """The largest one, nan above all, and the row of its group."""
     found = [((a - b).abs().max().item(), group.row) for a, b, group in zip(left, right, groups, strict=True)]
     return max(found, key=lambda pair: (math.isnan(pair[0]), pair[0]))

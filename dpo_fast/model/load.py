@@ -13,11 +13,15 @@ import torch
 from torch import nn
 
 from dpo_fast.errors import UserError
+from dpo_fast.model.adapter import merged, read_adapter
+from dpo_fast.model.adapter_folder import adapter_folder, is_adapter
 from dpo_fast.model.attention import use_packed_attention
 from dpo_fast.model.finite import not_finite
+from dpo_fast.model.quantize import FourBit, dequantize, keep_weights_fixed
 from dpo_fast.model.source import check_weights_file, find, without_fetched_code
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("dpo_fast")
@@ -26,16 +30,20 @@ SHOWN_TENSORS = 3
 
 
 def load_tokenizer(
-    model: str, chat_template: str | None = None, *, trust_remote_code: bool = False
+    model: str, chat_template: str | None = None, *, base: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with `chat_template` (a file of Jinja) in place of its own if given.
+
+    That of an adapter is in its folder or its base's; `base` is the latter if its configuration names another one.
 
     Raises:
         UserError: one of them cannot be read, or the tokenizer is code and `trust_remote_code` is false.
     """
     from transformers import AutoTokenizer
 
-    source, extra = find(model)
+    source, extra = find(model, base)
+    if (adapter := adapter_folder(model, base)) and adapter.has_tokenizer:
+        source = str(adapter.path)
     with one_line(model, "its tokenizer"):
         # Without a value transformers would ask on stdin whether to run a repository's code.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **extra)
@@ -49,35 +57,97 @@ def load_tokenizer(
 
 
 def tokenizer_of(config: Any) -> PreTrainedTokenizerBase:
-    """As `load_tokenizer`, from settings with `model`, `chat_template` and `trust_remote_code`."""
-    return load_tokenizer(config.model, config.chat_template, trust_remote_code=config.trust_remote_code)
+    """As `load_tokenizer`, from settings with `model`, `adapter_base`, `chat_template` and `trust_remote_code`."""
+    return load_tokenizer(
+        config.model, config.chat_template, base=config.adapter_base, trust_remote_code=config.trust_remote_code
+    )
 
 
-def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration.
+def config_of(config: Any) -> PretrainedConfig:
+    """As `load_config`, from settings with `model`, `adapter_base` and `trust_remote_code`."""
+    return load_config(config.model, base=config.adapter_base, trust_remote_code=config.trust_remote_code)
+
+
+def load_config(model: str, *, base: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration; that of an adapter's base.
 
     Raises:
         UserError: it cannot be read, or is code and `trust_remote_code` is false.
     """
     from transformers import AutoConfig
 
-    source, extra = find(model)
+    source, extra = find(model, base)
     with one_line(model, "its configuration"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **extra)
         return without_fetched_code(config)
 
 
-def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a causal language model on the CPU, whole, without dropout, set to read packs.
+def load_model(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    base: str | None = None,
+    four_bit: FourBit | None = None,
+    merge: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of `load_adapted`; `merge` adds an adapter to the weights, which are dequantised for it."""
+    model, peft = load_adapted(
+        *(name, dtype), base=base, four_bit=four_bit, as_plain=merge, trust_remote_code=trust_remote_code
+    )
+    if merge and peft is not None:
+        model = merged(peft)
+    return model
+
+
+def load_adapted(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    base: str | None = None,
+    four_bit: FourBit | None = None,
+    as_plain: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PeftModel | None]:
+    """Load a causal language model, whole, without dropout, set to read packs; and peft's view of its adapter, if any.
+
+    Args:
+        name: a model, or the folder of an adapter.
+        dtype: of the weights.
+        base: base of the adapter, if not the one that its configuration names.
+        four_bit: quantise the weights; otherwise the model lies on the CPU.
+        as_plain: turn quantised weights back into `dtype`, on the CPU, rounded as they are.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: it cannot be loaded, lacks weights, or is of a kind that is not supported.
     """
+    folder = adapter_folder(name, base)
+    if folder is None:
+        model = _load_plain(name, dtype, four_bit, trust_remote_code)
+        return (dequantize(model, dtype) if four_bit and as_plain else model), None
+    check_weights_file(name, str(folder.path))
+    # An adapter of an adapter: the lower one is part of the weights that the upper one was trained on.
+    is_stacked = is_adapter(folder.base)
+    if is_stacked and four_bit is not None and not as_plain:
+        raise UserError(f"--load_in_4bit true: {name} is an adapter of the adapter {folder.base}; merge one of them")
+    model, below = load_adapted(
+        *(folder.base, dtype), four_bit=four_bit, as_plain=as_plain, trust_remote_code=trust_remote_code
+    )
+    if below is not None:
+        model = merged(below)
+    return model, read_adapter(model, folder, f"--model {name}")
+
+
+def _load_plain(name: str, dtype: torch.dtype, four_bit: FourBit | None, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code=trust_remote_code)
-    _refuse_other_kinds(name, config)
-    model, found = load_weights(AutoModelForCausalLM, name, config, dtype, trust_remote_code=trust_remote_code)
+    _refuse_other_kinds(name, config, four_bit)
+    model, found = load_weights(
+        AutoModelForCausalLM, name, config, dtype, four_bit=four_bit, trust_remote_code=trust_remote_code
+    )
+    keep_weights_fixed(model)
     refuse_missing(name, found["missing_keys"])
     if unused := found["unexpected_keys"]:
         logger.warning("%s: %d tensors of its file are not used: %s", name, len(unused), _named(unused))
@@ -87,7 +157,13 @@ def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
 
 
 def load_weights(
-    kind: Any, name: str, config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+    kind: Any,
+    name: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    four_bit: FourBit | None = None,
+    trust_remote_code: bool,
 ) -> tuple[Any, dict[str, Any]]:
     """A model on the CPU, from safetensors or GGUF alone.
 
@@ -96,6 +172,7 @@ def load_weights(
         name: of the model.
         config: from `load_config`.
         dtype: of the weights.
+        four_bit: quantise the weights, on its device.
         trust_remote_code: run code that comes with the model.
 
     Returns:
@@ -109,9 +186,17 @@ def load_weights(
 
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
         disable_progress_bar()  # as for downloads: the command has a progress line of its own
+    if is_adapter(name):
+        raise UserError(f"--model {name}: an adapter, which is not read here; merge it into its base first")
     source, extra = find(name)
     check_weights_file(name, source)
-    if extra:
+    if four_bit is not None:
+        if extra:
+            raise UserError(f"--load_in_4bit true: {name} is quantised already; expected weights as safetensors")
+        extra = {"device_map": {"": four_bit.device}}
+        if not getattr(config, "quantization_config", None):
+            extra["quantization_config"] = four_bit.config()
+    elif extra:
         extra["quantization_config"] = GgufConfig(dequantize=True)
     with one_line(name, "its weights"):
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
@@ -119,7 +204,7 @@ def load_weights(
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            use_safetensors=None if extra else True,
+            use_safetensors=None if "gguf_file" in extra else True,
             output_loading_info=True,
             **extra,
         )
@@ -171,7 +256,7 @@ def _named(tensors: Collection[str]) -> str:
     return ", ".join(names[:SHOWN_TENSORS]) + (", ..." if len(names) > SHOWN_TENSORS else "")
 
 
-def _refuse_other_kinds(name: str, config: PretrainedConfig) -> None:
+def _refuse_other_kinds(name: str, config: PretrainedConfig, four_bit: FourBit | None) -> None:
     """Of some encoder-decoders, transformers would load the decoder alone, which then answers to no prompt."""
     if config.is_encoder_decoder:
         raise UserError(
@@ -186,9 +271,13 @@ def _refuse_other_kinds(name: str, config: PretrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization and not name.endswith(".gguf"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        if four_bit is not None and method == "bitsandbytes":
+            return
         raise UserError(
             f"--model {name}: its weights are quantized ({method}), and such weights cannot be trained or compared; "
             "expected the model in bfloat16 or float32"
+            + "; or train an adapter on them by --peft qlora"
+            * (method == "bitsandbytes")
         )
 
 

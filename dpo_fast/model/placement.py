@@ -9,6 +9,7 @@ import torch
 
 from dpo_fast.config import ModelConfig
 from dpo_fast.errors import UserError
+from dpo_fast.model.adapter_folder import is_adapter
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class Placement:
         device: of the weights and of every pack.
         dtype: of the weights.
         bf16: whether the forward and backward run in bfloat16 autocast.
+        adapts: whether the weights are frozen beneath an adapter in fp32.
     """
 
     device: torch.device
     dtype: torch.dtype
     bf16: bool
+    adapts: bool = False
 
     @classmethod
     def of(cls, config: ModelConfig) -> Placement:
@@ -37,9 +40,14 @@ class Placement:
     @classmethod
     def on(cls, device: torch.device, config: ModelConfig) -> Placement:
         """The dtypes that `config` asks for on a device, which need not be here."""
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
-        return cls(device, dtype, bf16 and dtype is torch.float32)
+        adapts = _has_adapter(config)
+        is_gpu = device.type == "cuda"
+        # A frozen weight gains nothing from bits that its file does not have.
+        is_bf16 = config.dtype == "bfloat16" or (config.dtype == "auto" and adapts and is_gpu)
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
+        bf16 = is_gpu if config.bf16 is None else config.bf16
+        # On bf16 weights, autocast is for the products of the adapter.
+        return cls(device, dtype, bf16 and (dtype is torch.float32 or adapts), adapts)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -49,11 +57,18 @@ class Placement:
     @property
     def default_optimizer(self) -> str:
         """What `--optim auto` means: for bf16 weights on a GPU, which others hardly move, the fused one."""
-        return "adamw_8bit_fused" if (self.device.type, self.dtype) == ("cuda", torch.bfloat16) else "adamw_torch"
+        trains_bf16 = self.dtype is torch.bfloat16 and not self.adapts
+        return "adamw_8bit_fused" if self.device.type == "cuda" and trains_bf16 else "adamw_torch"
 
     def __str__(self) -> str:
         weights, products = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.compute_dtype))
         return f"{self.device}, {weights} weights" + ("" if weights == products else f", {products} autocast")
+
+
+def _has_adapter(config: ModelConfig) -> bool:
+    """Whether the model runs with an adapter in it; `train` says so, elsewhere it is the model that is named."""
+    peft = getattr(config, "peft", None)
+    return is_adapter(config.model) or config.load_in_4bit if peft is None else peft != "none"
 
 
 def pick_device(name: str) -> torch.device:

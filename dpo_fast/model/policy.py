@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,12 @@ from dpo_fast.packs.layout import PackedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+from dpo_fast.model.adapter import Adapter, head_weight, merged
 from dpo_fast.model.attention import PACKED_ATTENTION, packed_attention_forward
 from dpo_fast.model.checkpointing import Checkpointing, enable_checkpointing
-from dpo_fast.model.load import load_model, refuse_not_finite
+from dpo_fast.model.load import load_adapted, refuse_not_finite
 from dpo_fast.model.placement import Placement
+from dpo_fast.model.quantize import FourBit
 from dpo_fast.model.rotary import LengthRegimes
 from dpo_fast.model.sharding import Parallel, decoder_layers, shard, whole_weights
 
@@ -79,8 +82,10 @@ class Policy:
         static_tokens: fill every pack up to this many tokens, so that compiled layers see one size; None fills none.
         is_compiled: whether the decoder's layers are compiled.
         parallel: what processes share of the model; None if there is one.
+        layers: which fused layers the model has; empty if it has its own (see `model/layers.py`).
         router_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out, None takes the
             model's own coefficient if its configuration asks for balancing, as in transformers.
+        adapter: the adapter in the model, if there is one.
     """
 
     model: Any
@@ -93,20 +98,35 @@ class Policy:
     static_tokens: int | None = None
     is_compiled: bool = False
     parallel: Parallel | None = None
+    layers: str = ""
     router_loss_coef: float | None = None
+    adapter: Adapter | None = None
 
     @classmethod
-    def load(cls, config: ModelConfig, name: str | None = None, *, parallel: Parallel | None = None) -> Policy:
-        """Load `name`, by default `config.model`, as the configuration says.
+    def load(
+        cls, config: ModelConfig, name: str | None = None, *, merge: bool = False, parallel: Parallel | None = None
+    ) -> Policy:
+        """Load a model as the settings say.
 
         Args:
             config: where and in which numbers it runs.
-            name: of the model.
+            name: of the model; `config.model` by default.
+            merge: add its adapter to the weights.
             parallel: what the processes of the default group share of it; None for one process.
         """
         place = Placement.of(config)
         name = name or config.model
-        model: Any = load_model(name, place.dtype, trust_remote_code=config.trust_remote_code).eval()
+        four_bit = FourBit(place.device, place.compute_dtype) if config.load_in_4bit else None
+        model: Any
+        model, peft = load_adapted(
+            *(name, place.dtype),
+            base=config.adapter_base,
+            four_bit=four_bit,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if merge and peft is not None:
+            model, peft = merged(peft), None
+        model.eval()
         if parallel is None:
             model.to(device=place.device)
         refuse_not_finite(name, model)
@@ -114,6 +134,7 @@ class Policy:
             shard(model, device=place.device, parallel=parallel, dtype=torch.bfloat16 if place.bf16 else None)
         return cls(
             model,
+            adapter=None if peft is None else Adapter(peft),
             device=place.device,
             bf16=place.bf16,
             memory_budget=int(config.head_memory_budget_gib * 2**30),
@@ -133,7 +154,8 @@ class Policy:
         layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
         ways = " compiled" * self.is_compiled + " lengths apart" * (self.length_regimes is not None)
         ways += " gathered weights" * (self.parallel is not None and self.bf16)
-        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}"
+        layers = f" {self.layers}" if self.layers else ""
+        return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}{layers}"
 
     @cached_property
     def length_regimes(self) -> LengthRegimes | None:
@@ -281,7 +303,7 @@ class Policy:
         divisor = getattr(text_config, "logits_scaling", None) or 1 / (getattr(text_config, "logit_scale", None) or 1)
         dtype = self.compute_dtype
         bias = getattr(head, "bias", None)
-        arguments = (rows.to(dtype), head.weight.to(dtype), targets)
+        arguments = (rows.to(dtype), head_weight(head).to(dtype), targets)
         bias = None if bias is None else bias.to(dtype)
         options = HeadKeywords(
             softcap=getattr(text_config, "final_logit_softcapping", None),
@@ -293,6 +315,24 @@ class Policy:
         if want_stats:
             return linear_logprob_with_stats(*arguments, bias=bias, **options)
         return linear_logprob(*arguments, bias=bias, **options), None
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training drops anything out: only a new adapter does."""
+        return self.adapter is not None and bool(self.adapter.settings.lora_dropout)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """The model as it is used, not as it is trained."""
+        if self.has_dropout:
+            self.model.eval()
+        yield
+        if self.has_dropout:
+            self.model.train()
+
+    def saved_weights(self) -> dict[str, Tensor]:
+        """What `save` writes, by name: those of the adapter, or all parameters."""
+        return dict(self.model.named_parameters()) if self.adapter is None else self.adapter.weights()
 
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Tensor:
@@ -339,21 +379,25 @@ class Policy:
         self,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
-        weights: dict[str, Tensor],
         dtype: torch.dtype | None = None,
+        *,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer.
+        """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer; of an adapter, peft's.
 
         Args:
             folder: to write into.
             tokenizer: of the model.
-            weights: from `whole_weights`.
-            dtype: of the written weights; None is their own.
+            dtype: of the written weights; None is their own, as an adapter's always is.
+            weights: from `whole_weights`, if processes share them.
         """
-        if dtype in (None, self.model.dtype):
+        if self.adapter is not None:
+            self.adapter.save(folder)
+        elif dtype in (None, self.model.dtype):
             self.model.save_pretrained(folder, state_dict=weights)
         else:
-            weights = {name: weight.to(dtype) for name, weight in weights.items()}
+            own = self.model.state_dict() if weights is None else weights
+            weights = {name: weight.to(dtype) for name, weight in own.items()}
             self.model.save_pretrained(folder, state_dict=weights)
             config = json.loads((folder / "config.json").read_text())
             config["dtype"] = str(dtype).removeprefix("torch.")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.model.load import load_config, load_model
+from dpo_fast.model.quantize import FourBit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Of the weights that training changed, the share that must still differ from the base's after a cast.
 KEPT_SHARE = 0.99
@@ -24,7 +29,13 @@ class SavedDtype:
 
 
 def saved_dtype(
-    weights: Mapping[str, Tensor], base: str, wanted: str, *, trust_remote_code: bool = False
+    weights: Mapping[str, Tensor],
+    base: str,
+    wanted: str,
+    *,
+    adapter_base: str | None = None,
+    four_bit: FourBit | None = None,
+    trust_remote_code: bool = False,
 ) -> SavedDtype:
     """The dtype to write a trained model in.
 
@@ -34,17 +45,27 @@ def saved_dtype(
         weights: as trained, by name.
         base: what it was loaded from.
         wanted: `auto`, or the name of a dtype.
+        adapter_base: model beneath the adapter that `base` names.
+        four_bit: how `base` was quantised.
         trust_remote_code: as for loading.
     """
     trained = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     if wanted != "auto" and getattr(torch, wanted) is trained:
         return SavedDtype(trained, "")
     try:
-        own = _dtype_of(base, trust_remote_code)
+        own = _dtype_of(load_config(base, base=adapter_base, trust_remote_code=trust_remote_code))
         target = own if wanted == "auto" else getattr(torch, wanted)
         if target.itemsize >= trained.itemsize:
             return SavedDtype(trained if wanted == "auto" else target, "")
-        share = surviving_share(weights, load_model(base, own, trust_remote_code=trust_remote_code), target)
+        start = load_model(
+            # Dequantised weights need not be those of a narrower dtype.
+            *(base, own if four_bit is None else trained),
+            base=adapter_base,
+            four_bit=four_bit,
+            merge=True,
+            trust_remote_code=trust_remote_code,
+        )
+        share = surviving_share(weights, start, target)
     except UserError as error:
         return SavedDtype(trained, f"weights in {_name(trained)}: {base} cannot be compared with any more ({error})")
     text = f"{share:.1%} of the weights that changed differ from {base} in {_name(target)}"
@@ -67,9 +88,9 @@ def surviving_share(weights: Mapping[str, Tensor], base: nn.Module, dtype: torch
     return survived / changed if changed else 1.0
 
 
-def _dtype_of(model: str, trust_remote_code: bool) -> torch.dtype:
-    """The dtype that a model's file has, by its configuration."""
-    dtype = load_config(model, trust_remote_code=trust_remote_code).dtype
+def _dtype_of(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a model's file has."""
+    dtype = config.dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), torch.float32)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.errors import UserError
 from dpo_fast.files import MANIFEST, verify_folder
+from dpo_fast.model.adapter_folder import adapter_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
-def find(model: str, *, option: str = "--model") -> tuple[str, dict[str, Any]]:
+def find(model: str, base: str | None = None, *, option: str = "--model") -> tuple[str, dict[str, Any]]:
     """Where transformers finds the model that an option names: its path or Hub name, and further arguments.
+
+    Args:
+        model: what the option names; of an adapter, the model beneath it is found.
+        base: base of an adapter, if not the one that its configuration names.
+        option: for messages.
 
     Raises:
         UserError: there is nothing, or something else than a model.
@@ -34,26 +39,14 @@ def find(model: str, *, option: str = "--model") -> tuple[str, dict[str, Any]]:
         raise UserError(f"{option} {model}: no such folder; expected a checkpoint folder, a Hub name or a .gguf file")
     if path.is_file():
         raise UserError(f"{option} {model}: a file; expected a checkpoint folder, a Hub name or a .gguf file")
-    if path.is_dir():
-        _check_folder(path, f"{option} {model}")
+    if adapter := adapter_folder(model, base, option=option):
+        return find(adapter.base, option=f"{option} {model}: its base")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{option} {model}: the folder holds no config.json and no adapter_config.json; expected a Hugging Face "
+            "checkpoint folder or an adapter's folder"
+        )
     return model, {}
-
-
-def _check_folder(path: Path, named: str) -> None:
-    if (path / "config.json").is_file():
-        return
-    adapter = path / "adapter_config.json"
-    if not adapter.is_file():
-        raise UserError(f"{named}: the folder holds no config.json; expected a Hugging Face checkpoint folder")
-    try:
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = "its base"
-    raise UserError(
-        f"{named}: an adapter (of {base}), which is not read yet. Merge it first: "
-        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload().save_pretrained(FOLDER), and "
-        "save the tokenizer there, too"
-    )
 
 
 def check_weights_file(model: str, source: str) -> None:

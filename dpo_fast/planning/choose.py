@@ -117,7 +117,8 @@ class Planned:
     @property
     def missing(self) -> str:
         """What `train` cannot do yet of this; empty if it can do all of it."""
-        return "" if self.setting.peft == "none" else f"--peft {self.setting.peft}"
+        setting = self.setting
+        return f"--parallel fsdp with --peft {setting.peft}" if setting.sharded and setting.peft != "none" else ""
 
 
 def enumerate_settings(asked: Planned, free: Free) -> Iterator[Planned]:

@@ -42,9 +42,6 @@ def run_plan(config: PlanConfig, *, optimizers: tuple[str, ...], console: Consol
     gpus = max(config.gpus, config.nproc)
     setting = asked_setting(config, card, _max_tokens(config, card, workload))
     setting = replace(setting, gpus=gpus, sharded=gpus > 1 and config.parallel == "fsdp")
-    if config.peft != "none":
-        # The base is frozen, so nothing is gained by holding it in fp32.
-        setting = replace(setting, peft=config.peft, lora_r=config.lora_r, weight_bytes=2, autocast=False)
     asked = Planned(shape, setting, card, workload)
     free = Free(
         policy=asked_policy(config) is None,
@@ -76,14 +73,14 @@ def check_plan_config(config: PlanConfig) -> None:
 
 def model_shape(config: PlanConfig) -> ModelShape:
     """The sizes of a checkpoint, a Hub model or one of the shapes that are built in."""
-    from dpo_fast.model.load import load_config
+    from dpo_fast.model.load import config_of
 
     model = config.model
     if model.lower() in NAMED and not Path(model).exists():
         return shape_of(named_config(model.lower()), model.lower())
     if not model:
         raise UserError(f"no model given: pass --model with a checkpoint, a Hub name or one of {', '.join(NAMED)}")
-    return shape_of(load_config(model, trust_remote_code=config.trust_remote_code), model)
+    return shape_of(config_of(config), model)
 
 
 def make_workload(config: DPOConfig) -> Workload:
@@ -92,9 +89,9 @@ def make_workload(config: DPOConfig) -> Workload:
     if not config.data:
         return TypicalWorkload(rows, config.max_length)
     from dpo_fast.data.load import load_groups
-    from dpo_fast.model.load import load_tokenizer
+    from dpo_fast.model.load import tokenizer_of
 
-    groups, _ = load_groups(config, load_tokenizer(config.model, config.chat_template))
+    groups, _ = load_groups(config, tokenizer_of(config))
     return RowWorkload(groups, rows_per_step=rows, seed=config.seed, static_shapes=config.static_shapes)
 
 

@@ -46,11 +46,14 @@ def asked_setting(config: DPOConfig, card: Card, max_tokens: int) -> Setting:
         raise CannotPlan(f"--optim {optim}: cannot be planned; choose one of {', '.join(OPTIMIZERS)}")
     return Setting(
         weight_bytes=place.dtype.itemsize,
-        autocast=place.bf16,
+        # Frozen bf16 weights are cast to nothing.
+        autocast=place.bf16 and place.dtype is torch.float32,
         optim=optim,
         policy=asked_policy(config) or "none",
         offload=config.activation_offloading,
         max_tokens=max_tokens,
+        peft="lora" if config.peft == "dora" else config.peft,
+        lora_r=config.lora_r,
         head_budget=int(config.head_memory_budget_gib * GIB),
         moving_reference=config.sync_ref_model,
         on_cpu=card.is_cpu,
@@ -91,7 +94,7 @@ class Forecast:
             asked_setting(config, card, max_tokens), gpus=gpus, sharded=gpus > 1 and config.parallel == "fsdp"
         )
         asked = Planned(shape, setting, card, workload)
-        if config.parallel == "auto" and gpus > 1 and not asked.fits:
+        if config.parallel == "auto" and gpus > 1 and config.peft == "none" and not asked.fits:
             asked = replace(asked, setting=replace(setting, sharded=True))
         free = Free(
             policy=asked_policy(config) is None,

@@ -180,8 +180,9 @@ def weight_bytes(shape: ModelShape, setting: Setting) -> float:
     """Of all weights on one device, adapters included."""
     rest = shape.num_parameters - shape.linear_parameters
     if setting.peft == "qlora":
-        return shape.linear_parameters * BITS_4 / 8 + 2 * rest + 4 * adapter_parameters(shape, setting)
-    width = 2 if setting.peft == "lora" else setting.weight_bytes
+        by_linear = shape.linear_parameters * BITS_4 / 8
+        return by_linear + setting.weight_bytes * rest + 4 * adapter_parameters(shape, setting)
+    width = setting.weight_bytes
     models = 2 if setting.moving_reference else 1
     return (width * models * shape.num_parameters + 4 * adapter_parameters(shape, setting)) / setting.shards
 

@@ -17,6 +17,7 @@ from dpo_fast.console import progress_line, say
 from dpo_fast.errors import UserError
 from dpo_fast.kernels.autotune import cache_dir
 from dpo_fast.model.check import with_fitting_layout
+from dpo_fast.model.layers import with_fused_layers
 from dpo_fast.model.placement import pick_device
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.bins import best_fit_decreasing
@@ -86,7 +87,8 @@ def reference_logps(
     wanted_groups = [groups[i] for i in wanted]
 
     def load_by_config() -> Policy:
-        return with_fitting_layout(Policy.load(config, name), wanted_groups)
+        policy = with_fitting_layout(Policy.load(config, name), wanted_groups)
+        return with_fused_layers(policy, wanted_groups, config.fused_layers)
 
     load = load or load_by_config
     fingerprint = known.fingerprint if known else None

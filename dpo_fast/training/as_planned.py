@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.model.load import load_config
+from dpo_fast.model.load import config_of
 from dpo_fast.packs.layout import Group
 from dpo_fast.planning.forecast import Forecast, is_out_of_memory
 from dpo_fast.planning.hardware import this_card
@@ -39,7 +39,7 @@ def fit_plan(config: DPOConfig, plan: Plan, groups: Sequence[Group]) -> Plan:
     base_gib = peak_memory_gib(device) if card.is_cpu else 0.0
     card, base_gib = plan.ranks.first((card, base_gib))  # all processes must come to the same plan
     try:
-        shape = shape_of(load_config(config.model, trust_remote_code=config.trust_remote_code), config.model)
+        shape = shape_of(config_of(config), config.model)
         forecast = Forecast.of(
             *(config, shape, card, workload),
             max_tokens=plan.max_tokens,

@@ -26,6 +26,7 @@ from dpo_fast.model.policy import Policy
 from dpo_fast.model.precision import saved_dtype
 from dpo_fast.packs.layout import PackedBatch, pack
 from dpo_fast.ranks import ONE_PROCESS
+from dpo_fast.training.adapters import write_merged
 from dpo_fast.training.checkpoint import load_state, save_checkpoint, save_state
 from dpo_fast.training.gradients import prepare_gradients
 from dpo_fast.training.guards import FiniteWatch, check_first_step, check_tensors, way_back
@@ -157,6 +158,8 @@ class Trainer:
             self.window.add(batch, metrics, padding=self.policy.padding(batch))
         if self.step == 0 and self.config.ref_model is None and needs_reference(self.config):
             check_first_step(self.over_ranks(average).read(), groups, self.config, self.policy)
+        if self.policy.parallel is None:
+            self.weights.sum_gradients(self.ranks)
         grad_norm = self.gradients.clip()
         self.watch.add(self.step + 1, [group.row for group in groups], grad_norm.isfinite())
         if self.policy.device.type == "cpu":
@@ -236,7 +239,7 @@ class Trainer:
                 """Called in the first process; the others write their parts meanwhile."""
                 self.ranks.first(str(folder))
                 self.write_part(folder, part)
-                self.policy.save(folder, self.tokenizer, weights)
+                self.policy.save(folder, self.tokenizer, weights=weights)
                 save_state(folder / STATE_FILE, state)
                 self.ranks.wait()
 
@@ -275,6 +278,8 @@ class Trainer:
         model_dir = self.output_dir / FINAL_FOLDER
         if self.ranks.is_writer:
             write_folder_atomically(model_dir, partial(self.write_final, weights), needed=needed)
+            if self.config.merge_final:
+                say(self.console, write_merged(self.config, model_dir, self.tokenizer))
             self.folder.finish()
         self.ranks.wait()
         return model_dir
@@ -285,7 +290,7 @@ class Trainer:
         Raises:
             TrainingError: one is not.
         """
-        tensors = [*self.policy.model.named_parameters(), *tensors_of(state, "state")]
+        tensors = [*self.policy.saved_weights().items(), *tensors_of(state, "state")]
         check_tensors(tensors, self.step, self.output_dir, self.ranks)
         return sum(tensor.nbytes for _, tensor in tensors)
 
@@ -294,17 +299,25 @@ class Trainer:
         """Loss and rewards on the held-out pairs, under names that begin with `eval_`."""
         average = PairAverage()
         batches = (self.held_out.pack(packed) if packed else None for packed in self.held_out_packs)
-        for metrics in self.loss.metrics(batches):
-            average.add(metrics)
+        with self.policy.without_dropout():
+            for metrics in self.loss.metrics(batches):
+                average.add(metrics)
         return {f"eval_{name}": value for name, value in self.over_ranks(average).read().items()}
 
     def write_final(self, weights: dict[str, Tensor], folder: Path) -> None:
         """Write the Hugging Face folder of the trained model, in the dtype that it is to be used in."""
         config = self.config
-        saved = saved_dtype(weights, config.model, config.save_dtype, trust_remote_code=config.trust_remote_code)
+        if self.policy.adapter is not None:
+            self.policy.save(folder, self.tokenizer)
+            return
+        saved = saved_dtype(
+            *(weights, config.model, config.save_dtype),
+            adapter_base=config.adapter_base,
+            trust_remote_code=config.trust_remote_code,
+        )
         if saved.reason:
             say(self.console, saved.reason)
-        self.policy.save(folder, self.tokenizer, weights, saved.dtype)
+        self.policy.save(folder, self.tokenizer, saved.dtype, weights=weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights, and what is in the processes' parts."""
@@ -323,6 +336,10 @@ class Trainer:
             "reference": self.reference.fingerprint,
             "reference_digests": self.reference.digests,
         }
+        if self.policy.adapter is not None:
+            state["base"] = self.policy.adapter.base_fingerprint
+        if self.draws_on_device:
+            state["device_rng"] = {"state": torch.cuda.get_rng_state(self.policy.device)}
         if self.reward_shift is not None:
             state["reward_shift"] = self.reward_shift.state_dict()
         if self.reference.moving is not None and not parts:
@@ -372,6 +389,13 @@ class Trainer:
         if self.reference.moving is not None:
             yield "moving_reference", self.reference.moving.load_state_dict
         yield "rng", torch.set_rng_state
+        if self.draws_on_device:
+            yield "device_rng", lambda state: torch.cuda.set_rng_state(state["state"], self.policy.device)
+
+    @property
+    def draws_on_device(self) -> bool:
+        """Whether a GPU's random numbers count: an adapter's dropout draws them."""
+        return self.policy.has_dropout and self.policy.device.type == "cuda"
 
     def _restore_sampler(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state)

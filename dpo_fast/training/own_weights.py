@@ -6,6 +6,7 @@ number depends on that number alone.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +27,19 @@ class OwnWeights:
         self.parameters = [
             nn.Parameter(local(weight.detach())) if isinstance(weight, DTensor) else weight for weight in self._weights
         ]
+
+    def sum_gradients(self, ranks: Ranks) -> None:
+        """Average the gradients of weights that are whole in each process, as FSDP2 does with those that it shares.
+
+        Those of an adapter are small enough to go as one tensor.
+        """
+        found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if ranks.world_size == 1 or not found:
+            return
+        total = ranks.sum(torch.cat([gradient.flatten().float() for gradient in found])) / ranks.world_size
+        parts = total.split([gradient.numel() for gradient in found])
+        for gradient, part in zip(found, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def take_gradients(self) -> None:
         """Give each parameter its part of the gradient; one of which this process holds nothing has none."""

@@ -74,6 +74,7 @@ class Plan:
         budget = token_budget(
             config, [*groups, *held_out], pairs=config.per_device_train_batch_size, device=placement.device
         )
+        parallel: Parallel = "fsdp" if config.parallel != "ddp" and config.peft == "none" else "ddp"
         return cls(
             placement=placement,
             ranks=ranks,
@@ -87,7 +88,7 @@ class Plan:
             sharing=sum(group.num_unshared_tokens for group in groups) / sum(group.num_tokens for group in groups),
             reference=_reference(config),
             seed=config.seed,
-            parallel=None if ranks.world_size == 1 else "ddp" if config.parallel == "ddp" else "fsdp",
+            parallel=parallel if ranks.world_size > 1 else None,
         )
 
     def activations(self, config: DPOConfig) -> dict[str, Any]:

@@ -47,11 +47,25 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("model", "ref_model"), Rule.REFERENCE),
     **dict.fromkeys(("dtype", "bf16", "sync_ref_model", "loss_type"), Rule.FIXED),
     **dict.fromkeys(
+        (
+            "peft",
+            "use_peft",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "load_in_4bit",
+            "sft_adapter",
+        ),
+        Rule.FIXED,
+    ),
+    **dict.fromkeys(
         ("max_tokens_per_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"), Rule.FIXED
     ),
     **dict.fromkeys(
         (
             *("device", "head_memory_budget_gib", "autotune", "deterministic_attention", "reference_store"),
+            "fused_layers",
             *("loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef"),
             *("discopop_tau", "dpop_lambda", "simpo_gamma", "alphapo_alpha", "tpo_alpha", "score_scale"),
             *("desirable_weight", "undesirable_weight", "ld_alpha", "use_weighting"),
@@ -64,8 +78,15 @@ RULES: dict[str, Rule] = {
         ),
         Rule.USED,
     ),
-    **dict.fromkeys(("output_dir", "save_dtype", "trust_remote_code"), Rule.UNSAID),
-    **dict.fromkeys(("resume", "overwrite", "dry_run", "nproc", "parallel"), Rule.UNSAID),
+    **dict.fromkeys(
+        (
+            *("output_dir", "save_dtype", "merge_final", "trust_remote_code", "resume", "overwrite", "dry_run"),
+            *("nproc", "parallel"),
+            # The weights beneath an adapter are compared instead.
+            *("adapter", "adapter_base"),
+        ),
+        Rule.UNSAID,
+    ),
 }
 
 Changes = Mapping[str, tuple[Any, Any]]

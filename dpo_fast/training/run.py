@@ -22,6 +22,7 @@ from dpo_fast.errors import STOPPED, TrainingError, UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.losses.objective import needs_reference
 from dpo_fast.model.check import with_fitting_layout
+from dpo_fast.model.layers import with_fused_layers
 from dpo_fast.model.load import tokenizer_of
 from dpo_fast.model.placement import busy_cpu
 from dpo_fast.model.policy import Policy
@@ -30,6 +31,14 @@ from dpo_fast.packs.steps import rows_of_step
 from dpo_fast.ranks import Ranks, joined_ranks
 from dpo_fast.reference.fill import store_path
 from dpo_fast.reference.store import ReferenceStore
+from dpo_fast.training.adapters import (
+    base_fingerprint,
+    check_base,
+    describe_start,
+    is_adapted,
+    merges_on_load,
+    start_adapter,
+)
 from dpo_fast.training.as_planned import fit_plan, run_as_planned
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.gradients import check_gradient_release
@@ -173,14 +182,25 @@ def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Co
     if rows.plan.placement.device.type == "cpu" and (note := busy_cpu()):
         say(console, note, style="yellow")
     torch.manual_seed(config.seed)
-    policy = load_policy(config, rows.plan, rows.groups + rows.held_out, str(checkpoint or config.model))
+    if start := describe_start(config):
+        say(console, start)
+    adapts = is_adapted(config)
+    # A checkpoint of an adapter holds no other weights.
+    name = config.model if adapts else str(checkpoint or config.model)
+    policy = load_policy(config, rows.plan, rows.groups + rows.held_out, name)
+    base = base_fingerprint(policy) if adapts else None
+    if state is not None and base is not None:
+        check_base(state, base, config)
+    is_reference = config.ref_model is None and (adapts or checkpoint is None)
     reference = prepare_reference(
-        *(config, rows.plan, None if checkpoint or config.ref_model else policy, rows.groups, rows.held_out),
+        *(config, rows.plan, policy if is_reference else None, rows.groups, rows.held_out),
         known=None if state is None else known_reference(state, changes),
         load=partial(load_policy, config, rows.plan, rows.groups),
         console=console,
     )
 
+    if base is not None:
+        policy = start_adapter(config, policy, base, checkpoint, console)
     policy.set_trainable(**rows.plan.activations(config))
     trainer = Trainer(
         *(config, rows.plan, policy, rows.tokenizer),
@@ -216,7 +236,11 @@ def check_progress(config: DPOConfig, plan: Plan, state: dict[str, Any]) -> None
 
 def load_policy(config: DPOConfig, plan: Plan, groups: list[Group], name: str) -> Policy:
     """The model `name`, checked on some of `groups`, in the layout that it can be computed in."""
-    policy = with_fitting_layout(Policy.load(config, name, parallel=plan.parallel), groups)
+    # The weights beneath an adapter are whole in each process.
+    parallel = None if is_adapted(config) else plan.parallel
+    policy = Policy.load(config, name, merge=merges_on_load(config), parallel=parallel)
+    policy = with_fitting_layout(policy, groups)
+    policy = with_fused_layers(policy, groups, config.fused_layers if not config.torch_compile else False)
     if config.static_shapes:
         policy = replace(policy, static_tokens=plan.max_tokens)
     return policy.compiled() if config.torch_compile else policy

@@ -25,10 +25,11 @@ logger = logging.getLogger("dpo_fast")
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 FINAL_FOLDER = "final"
+MERGED_FOLDER = "merged"
 CHOICES_FILE = "autotune.json"
 _LOCK_FILE = ".dpo-fast-lock"
 # What a run writes besides its checkpoints, and the report on it.
-_FILES = (FINAL_FOLDER, METRICS_FILE, DAMAGED_METRICS_FILE, CHOICES_FILE, CONFIG_FILE, "report.html")
+_FILES = (FINAL_FOLDER, MERGED_FOLDER, METRICS_FILE, DAMAGED_METRICS_FILE, CHOICES_FILE, CONFIG_FILE, "report.html")
 
 
 class RunFolder:
@@ -117,11 +118,12 @@ class RunFolder:
         old, self.run = self.run, run or _new_id()
         aside = self.path.resolve().with_name(f"{self.path.resolve().name}.replaced-by-{self.run}")
         self._replaced.append(aside.name)
+        # First of all: a process that dies from here on leaves a folder of the new run, with files of the old one.
+        self._record()
         with write_errors(aside):
             aside.mkdir()
             if old is not None:
-                shutil.copy(self.path / RUN_FILE, aside / RUN_FILE)
-            self._record()
+                write_file_atomically(aside / RUN_FILE, json.dumps({"id": old, "replaced": []}) + "\n")
             for entry in entries:
                 entry.rename(aside / entry.name)
         return f"set aside the old run as {aside}; it is removed when this run has finished"

@@ -12,6 +12,7 @@ from dpo_fast.model.placement import pick_device
 from dpo_fast.model.policy import warn_if_weights_cannot_move
 from dpo_fast.model.source import find
 from dpo_fast.packs.layout import Group
+from dpo_fast.training.adapters import check_adapter, is_adapted
 from dpo_fast.training.optimizers import OPTIMIZERS, check_optimizer, check_schedule, optimizer_name
 
 
@@ -24,7 +25,8 @@ def check_config(config: DPOConfig) -> None:
     check_optimizer(config)
     check_schedule(config)
     pick_device(config.device)
-    find(config.model)
+    find(config.model, config.adapter_base)
+    check_adapter(config)
     if config.ref_model is not None:
         find(config.ref_model, option="--ref_model")
     if config.max_steps == 0 or (config.max_steps < 0 and config.num_train_epochs == 0):
@@ -32,13 +34,15 @@ def check_config(config: DPOConfig) -> None:
             f"--max_steps {config.max_steps} --num_train_epochs {config.num_train_epochs:g}: no step to take; expected "
             "steps above 0, or -1 and epochs above 0"
         )
+    if config.torch_compile and config.fused_layers is True:
+        raise UserError("--fused_layers true --torch_compile true: the compiler fuses these layers itself; choose one")
     if config.sync_ref_model and not needs_reference(config):
         raise UserError(f"--sync_ref_model true: --loss_type {config.loss_type} has no reference")
     if any_loss(config, lambda facts: facts.needs_gold) and config.gold_column is None:
         raise UserError(
             f"--loss_type {config.loss_type}: needs a third, better answer; name its column by --gold_column"
         )
-    if not OPTIMIZERS[optimizer_name(config)].moves_bf16:
+    if not OPTIMIZERS[optimizer_name(config)].moves_bf16 and not is_adapted(config):
         warn_if_weights_cannot_move(config, config.learning_rate)
 
 

@@ -99,7 +99,7 @@ class StepLoss:
         leaves = [_leaves(part) for part in before]
         pairs, rest = self._forward(last)
         own = [part for part in (*before, pairs) if part is not None]
-        losses = preference_loss(PairLogps.join([*own, *self._of_others(own)]), self.config)
+        losses = self._losses_together(own, [batch for batch in batches if batch is not None])
         self.policy.sum_gradients(now=not others)
         ((losses.sum() + rest) / share).backward()
         for (batch, is_last), coefficients in zip(_with_last(others), leaves, strict=True):
@@ -118,22 +118,37 @@ class StepLoss:
 
         A loss that compares pairs compares those of all packs of all processes.
         """
+        batches = list(batches)
         parts = [part for batch in batches if (part := self._forward(batch)[0]) is not None]
         if any_loss(self.config, lambda facts: facts.compares_pairs):
-            losses = preference_loss(PairLogps.join([*parts, *self._of_others(parts)]), self.config)
+            losses = self._losses_together(parts, [batch for batch in batches if batch is not None])
             of_parts = losses.split(_counts(parts, len(losses)))
         else:
             of_parts = tuple(preference_loss(pairs, self.config) for pairs in parts)
         for pairs, of_part in zip(parts, of_parts, strict=False):
             yield pair_metrics(pairs, of_part, self.config.beta)
 
-    def _of_others(self, own: list[PairLogps]) -> list[PairLogps]:
-        """The pairs of the other processes, without a gradient."""
+    def _losses_together(self, own: list[PairLogps], batches: list[PackedBatch]) -> Tensor:
+        """Losses of this process's pairs, then of those of the others, each compared with all.
+
+        They are compared in the order of their rows, since a loss may depend on it where log-ratios tie, as all do at
+        the first step: how the step is cut into packs and processes must not show.
+        """
+        rows = [row for batch in batches for row in batch.pair_rows]
+        others, their_rows = self._of_others(own, rows)
+        order = torch.tensor([*rows, *their_rows]).argsort(stable=True).to(self.policy.device)
+        losses = preference_loss(PairLogps.join([*own, *others]).take(order), self.config)
+        return losses[order.argsort()]
+
+    def _of_others(self, own: list[PairLogps], rows: list[int]) -> tuple[list[PairLogps], list[int]]:
+        """The pairs of the other processes, without a gradient, and their rows."""
         if self.ranks.world_size == 1:
-            return []
-        found = self.ranks.gather([replace(part, reward_shift=None).to("cpu") for part in own])
-        others = [part for rank, parts in enumerate(found) if rank != self.ranks.rank for part in parts]
-        return [replace(part.to(self.policy.device), reward_shift=self.reward_shift) for part in others]
+            return [], []
+        found = self.ranks.gather(([replace(part, reward_shift=None).to("cpu") for part in own], rows))
+        found = found[: self.ranks.rank] + found[self.ranks.rank + 1 :]
+        others = [part.to(self.policy.device) for parts, _ in found for part in parts]
+        their_rows = [row for _, rows in found for row in rows]
+        return [replace(part, reward_shift=self.reward_shift) for part in others], their_rows
 
     def _forward(self, batch: PackedBatch | None) -> tuple[PairLogps | None, Tensor]:
         """The pairs of a pack, and what is to be added to their loss."""

@@ -139,16 +139,6 @@ def test_a_model_of_ours_is_checked_against_its_manifest(tmp_path, folder):
     load_model(str(folder), torch.float32)
 
 
-def test_an_adapter_is_named_as_one(tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
-    for command in (["train"], ["score", "--out", str(tmp_path / "o.jsonl")]):
-        assert main([*command, "--model", str(tmp_path), "--data", "d.jsonl"]) == 2
-        line = capsys.readouterr().err
-        assert "an adapter (of org/base), which is not read yet" in line
-        assert "merge_and_unload" in line
-        assert line.count("\n") == 1
-
-
 EVIL = "raise SystemExit('code of the model was run')\n"
 
 
