@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from dpo_fast.errors import PeerError, TrainingError, UserError, exit_code
 Thing = TypeVar("Thing")
 # How long the others are waited for: a process that died is noticed at once, by its connections.
 PATIENCE = timedelta(minutes=30)
+LINGER_SECONDS = 10
 _ENDED, _EXIT_CODE = "dpo-fast/ended", "dpo-fast/exit-code"
 
 
@@ -94,6 +96,14 @@ class Ranks:
             pass
         return None
 
+    def linger(self) -> None:
+        """Keep the store until the others have read how this process ended, which they do once it left the group."""
+        if self.store is None or self.rank:
+            return
+        deadline = time.monotonic() + LINGER_SECONDS
+        while 0 < self.store.add(_ENDED, 0) < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.world_size > 1:
@@ -144,6 +154,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         raise _as_one(error, ranks) from error
     finally:
         dist.destroy_process_group()
+        ranks.linger()
 
 
 def _take_gpu(device: str) -> bool:

@@ -105,6 +105,12 @@ def _slow_down(name: str, delay: float, log: int) -> None:
     setattr(owner, last, slowly)
 
 
+def options(config: DPOConfig) -> list[str]:
+    """The settings as words of the command line."""
+    words = [f"--{name}={json.dumps(value)}" for name, value in vars(config).items() if value is not None]
+    return [word.replace('="', "=").removesuffix('"') for word in words]
+
+
 def start_train(
     config: DPOConfig,
     log: Path,
@@ -124,8 +130,7 @@ def start_train(
         terminal: device that the process takes as its terminal; then the log holds only those calls.
         environment: what a launcher would tell the process.
     """
-    words = ["train", *(f"--{name}={json.dumps(value)}" for name, value in vars(config).items() if value is not None)]
-    words = [word.replace('="', "=").removesuffix('"') for word in words]
+    words = ["train", *options(config)]
     log.touch()  # it may be killed before it begins
     process = CONTEXT.Process(target=_run, args=(words, str(log), list(slow), delay, terminal, environment or {}))
     process.start()
