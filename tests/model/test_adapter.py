@@ -229,6 +229,13 @@ def test_two_ways_to_name_an_adapter_are_one():
         SampleConfig(model=["a", "b"], adapter="c")
 
 
+def test_an_adapter_that_is_none_is_refused(base, rows, tmp_path, capsys):
+    for name in ("org/adapter", base):
+        words = ["--model", base, "--adapter", name, "--data", rows, "--out", str(tmp_path / "o.jsonl")]
+        assert main(["score", *words]) == 2
+        assert f"--adapter {name}: no folder with adapter_config.json" in capsys.readouterr().err
+
+
 def test_trl_and_shorthand_names_are_one_setting():
     assert DPOConfig(use_peft=True).peft == "lora"
     assert DPOConfig(peft="qlora").load_in_4bit
