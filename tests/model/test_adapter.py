@@ -26,7 +26,7 @@ from dpo_fast.training.run import train
 pytestmark = [
     pytest.mark.filterwarnings(*IGNORED),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*tied layer is part of the adapter:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings=True:UserWarning"),
 ]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
