@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def _run(words: list[str], log: str, slow: list[str], delay: float, terminal: st
     except KeyboardInterrupt:  # while Python was importing
         code = 130
     # A signal that comes after the command must not meet multiprocessing's own clearing up.
-    sys.stdout.flush()
+    with suppress(KeyboardInterrupt):
+        sys.stdout.flush()
     os._exit(code)
 
 
