@@ -120,8 +120,6 @@ def start_adapter(
     base, joined = config.model, None
     if below is not None and not _why_not_joined(config, below):
         base, joined = below.base, below
-    # The same adapter whether the reference was scored before it or found in the store.
-    torch.manual_seed(config.seed)
     peft = attach(policy.model, lora_settings(config), beneath=policy.adapter.peft if policy.adapter else None)
     adapter = Adapter(peft, TRAINED, base=base, below=joined, base_fingerprint=fingerprint, card=card(config, base))
     if checkpoint is not None:
