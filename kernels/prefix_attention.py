@@ -20,7 +20,9 @@ With a `deterministic` layout two runs give the same bits: PyTorch's kernels are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +32,10 @@ from dpo_fast.kernels.attention_backends import AttentionOptions, choose_attenti
 from dpo_fast.kernels.deterministic_backward import leave_determinism
 from dpo_fast.kernels.gather_rows import RowIndex, gather_rows
 
+_numbers = count()
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class PrefixLayout:
     """What the attention of every layer reads of one pack; made once a forward by `prefix_layout`.
 
@@ -40,6 +44,7 @@ class PrefixLayout:
         kv_index: (K,) rows that form the keys, and the way back.
         cu_seqlens_q, cu_seqlens_k: (M + 1,) int32 bounds on the device of `kv_index`.
         deterministic: whether the backward adds in a fixed order on a GPU as well.
+        number: int64 scalar on the host by which `LAYOUTS` finds this layout.
         masks, block_masks: made when first needed, shared by all layers; FlexAttention's by window.
     """
 
@@ -49,8 +54,13 @@ class PrefixLayout:
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     deterministic: bool = True
+    number: Tensor = field(default_factory=lambda: torch.tensor(next(_numbers)))
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     block_masks: dict[int | None, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """List the layout."""
+        LAYOUTS[int(self.number)] = self
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor, int, int]:
@@ -65,6 +75,10 @@ class PrefixLayout:
             seen = ones.tril(num_keys - num_queries)
             self.masks[key] = seen if window is None else seen.triu(num_keys - num_queries - window + 1)
         return self.masks[key]
+
+
+# Those that somebody holds, by number: compiled code passes the number on (prefix_attention_op.py).
+LAYOUTS: WeakValueDictionary[int, PrefixLayout] = WeakValueDictionary()
 
 
 def prefix_layout(

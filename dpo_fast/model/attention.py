@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast.kernels.prefix_attention import PrefixLayout, prefix_attention
+from dpo_fast.kernels.prefix_attention_op import prefix_attention_op
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,9 +33,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     """Let the model's attention read packs. This persists: gradient checkpointing runs forwards in the backward."""
     from transformers import AttentionInterface
 
-    # Registered once: `Policy.compiled` replaces it, and a model that is loaded later must not undo that.
-    if PACKED_ATTENTION not in AttentionInterface():
-        AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
     model.set_attn_implementation(PACKED_ATTENTION)
 
 
@@ -65,6 +64,12 @@ def packed_attention_forward(
             raise CannotPack(f"{type(module).__name__} uses {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _in_one_dtype(query, key, value)
+    if torch.compiler.is_compiling():
+        needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        rows = (x.transpose(1, 2) for x in (query, key, value))
+        return prefix_attention_op(
+            *(*rows, s_aux, packed_layout.number, scale, sliding_window, softcap, needs_gradient)
+        )[0], None
     out = prefix_attention(
         query, key, value, packed_layout, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
     )

@@ -26,6 +26,7 @@ _COSTLY = {
     ),
     "torch_attn": ("_varlen_attn",),
     "flash_attn": ("_flash_attn_varlen_forward",),
+    "dpo_fast": ("prefix_attention",),
     "flash_attn_3": ("_flash_attn_forward", "fwd"),
 }
 _COSTLY_OPERATORS = {f"{library}::{name}" for library, names in _COSTLY.items() for name in names}

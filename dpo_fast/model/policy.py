@@ -27,7 +27,7 @@ from dpo_fast.packs.layout import PackedBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from dpo_fast.model.adapter import Adapter, head_weight, merged
-from dpo_fast.model.attention import PACKED_ATTENTION, packed_attention_forward
+from dpo_fast.model.attention import PACKED_ATTENTION
 from dpo_fast.model.checkpointing import Checkpointing, enable_checkpointing
 from dpo_fast.model.load import load_adapted, refuse_not_finite
 from dpo_fast.model.placement import Placement
@@ -220,11 +220,6 @@ class Policy:
             *(batch.cu_seqlens_q, batch.cu_seqlens_k, batch.kv_index, num_tokens + padding),
             deterministic=self.deterministic_attention,
         )
-        if self.is_compiled:
-            # torch 2.11 compiles a layer anew for the second pack's sizes, although only attention, which is not
-            # compiled, reads them.
-            for sizes in (*vars(layout.kv_index).values(), layout.cu_seqlens_q, layout.cu_seqlens_k):
-                torch._dynamo.maybe_mark_dynamic(sizes, 0)
         ids, positions = (nn.functional.pad(x, (0, padding)) for x in (batch.input_ids, batch.position_ids))
         decoded = self._decode(ids, position_ids=positions[None], packed_layout=layout)
         routers = tuple(layer[:num_tokens] for layer in decoded.router_logits)
@@ -276,7 +271,11 @@ class Policy:
             self.length_regimes.forget()
         with self.autocast():
             outputs = self._decoder(input_ids=ids[None], use_cache=False, **arguments)
-        return _Decoded(outputs.last_hidden_state[0], tuple(getattr(outputs, "router_logits", None) or ()))
+        rows = outputs.last_hidden_state[0]
+        if self.is_compiled and rows.grad_fn is not None:
+            # A compiled backward that recomputes attention knows the layout by its number alone.
+            rows.grad_fn.metadata["packed_layout"] = arguments.get("packed_layout")
+        return _Decoded(rows, tuple(getattr(outputs, "router_logits", None) or ()))
 
     @property
     def router_loss_weight(self) -> float:
@@ -351,15 +350,12 @@ class Policy:
     def compiled(self, *, backend: str = "inductor") -> Policy:
         """With the decoder's layers under `torch.compile`, for packs of all sizes or for that of `static_tokens`.
 
-        Attention stays eager: its loop over segments differs from pack to pack. The layers are compiled in place.
+        A layer is one graph: attention is an operator in it (kernels/prefix_attention_op.py). The layers are compiled
+        in place.
 
         Raises:
             UserError: the model does not name its layers.
         """
-        from transformers import AttentionInterface
-
-        # Registered last, so that a check of the packed forward comes before.
-        AttentionInterface.register(PACKED_ATTENTION, torch.compiler.disable(packed_attention_forward))
         layers = decoder_layers(self.model)
         if not layers:
             raise UserError(f"--torch_compile: {type(self.model).__name__} does not name its layers; leave it off")

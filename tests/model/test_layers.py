@@ -8,6 +8,7 @@ import plain_liger
 import pytest
 import torch
 from families import COMMON, FAMILIES, gradients, make, settings_of
+from launches import launches
 from oracle import as_policy, random_groups, save_tiny_checkpoint, tiny_llama
 from small_runs import QUIET, write_rows
 
@@ -176,3 +177,21 @@ def test_twenty_steps_end_where_plain_layers_end(on_gpu, tmp_path):
         assert len(runs[True]) == 20
         assert runs[True][-1] < runs[True][0] - 0.05
         assert runs[True] == pytest.approx(runs[False], abs=1e-4)
+
+
+def test_launches_of_plain_layers_are_those_of_the_docs():
+    """docs/measurements.md compares them with Liger's one launch forward and one or two backward."""
+    llama = make("Llama", settings_of("Llama")).bfloat16()
+    norm, modeling = llama.model.norm, modeling_of(llama)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()
+
+    turns = torch.randn(1, 7, 8, dtype=torch.bfloat16)
+    q, k = (random(1, 7, heads, 8).detach().transpose(1, 2).requires_grad_() for heads in (4, 2))
+    assert launches(norm, [random(1, 7, 32)], [norm.weight]) == (8, 16)
+    assert launches(lambda q, k: modeling.apply_rotary_pos_emb(q, k, turns, turns), [q, k]) == (10, 14)
+    assert launches(lambda gate, up: llama.model.layers[0].mlp.act_fn(gate) * up, [random(7, 48), random(7, 48)]) == (
+        2,
+        3,
+    )
