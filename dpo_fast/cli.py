@@ -28,12 +28,16 @@ from dpo_fast.config import (
     ScoreConfig,
 )
 from dpo_fast.config_file import check_config_file
-from dpo_fast.errors import STOPPED, TrainingError, UserError, WriteError
+from dpo_fast.errors import (
+    INTERRUPTED,
+    STOPPED,
+    USER_MISTAKE,
+    PeerError,
+    TrainingError,
+    UserError,
+    exit_code,
+)
 from dpo_fast.option_names import described
-
-RUN_FAILED = 1
-USER_MISTAKE = 2
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,15 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parser.parse_args(words)[name].as_dict()
         settings.pop("config", None)
         code = COMMANDS[name].run(COMMANDS[name].config(**settings))
-    except WriteError as error:
-        print(f"dpo-fast {name}: error: {error}", file=sys.stderr)
-        return RUN_FAILED
-    except UserError as error:
-        print(f"dpo-fast {name}: error: {error}", file=sys.stderr)
-        return USER_MISTAKE
-    except TrainingError as error:
-        print(f"dpo-fast {name}: stopped: {error}", file=sys.stderr)
-        return RUN_FAILED
+    except (UserError, TrainingError) as error:
+        if not isinstance(error, PeerError):  # it was said by the process that failed
+            what = "error" if isinstance(error, UserError) else "stopped"
+            print(f"dpo-fast {name}: {what}: {error}", file=sys.stderr)
+        return exit_code(error)
     except KeyboardInterrupt:
         print(f"dpo-fast {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -88,8 +88,11 @@ def check_config_files(words: Sequence[str], command: Command) -> None:
 
 def run_train(config: DPOConfig) -> int:
     """`dpo-fast train`."""
+    from dpo_fast.training.launch import launch, needs_launch
     from dpo_fast.training.run import train
 
+    if needs_launch(config):
+        return launch(config)
     return STOPPED if train(config).stopped else 0
 
 

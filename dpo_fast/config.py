@@ -536,6 +536,9 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
             the latter.
         resume: `auto` resumes from the newest complete checkpoint in `output_dir`; a folder resumes from that one.
         overwrite: start over in an `output_dir` that already holds a run.
+        nproc: processes to start on this machine, one per GPU; `torchrun` starts them on several.
+        parallel: what several processes share: `ddp` the rows, with whole weights in each, `fsdp` also weights,
+            gradients and optimizer state; `auto` is `ddp` if that fits.
         seed: random seed for row order and dropout.
         dry_run: read the data, print the report and the plan, then stop.
     """
@@ -582,6 +585,8 @@ class DPOConfig(LossConfig, ModelConfig, DataConfig):
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     resume: str | None = None
     overwrite: bool = False
+    nproc: int = number(1, above=0, most=1024)
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     seed: int = number(42, least=0, most=2**32 - 1)
     dry_run: bool = False
 

@@ -18,7 +18,7 @@ def rank(module):
     top = module.split(".")[0]
     if top in FOLDERS:
         return FOLDERS.index(top)
-    return len(FOLDERS) if top in ("cli", "__init__") else FOLDERS.index("kernels") + 0.5
+    return len(FOLDERS) if top in ("cli", "__init__", "__main__") else FOLDERS.index("kernels") + 0.5
 
 
 def modules():

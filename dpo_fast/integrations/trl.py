@@ -41,11 +41,11 @@ from dpo_fast.model.policy import Policy, Scored
 from dpo_fast.packs.balance import BalancedSampler, group_cost
 from dpo_fast.packs.bins import best_fit_decreasing
 from dpo_fast.packs.layout import Group, PackedBatch, pack
+from dpo_fast.ranks import Ranks
 from dpo_fast.reference.fill import fill_reference
 from dpo_fast.reference.fingerprint import model_fingerprint
 from dpo_fast.reference.scores import Reference, StoredScores
 from dpo_fast.reference.store import ReferenceStore
-from dpo_fast.training.ranks import Ranks
 from dpo_fast.training.step import scored_pairs
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

@@ -71,6 +71,16 @@ class PairLogps:
         """(P,) r_w - r_l."""
         return self.chosen_logratio - self.rejected_logratio
 
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return self.chosen.shape[0]
+
+    def to(self, device: torch.device | str) -> PairLogps:
+        """The pairs on another device, without a gradient."""
+        moved = {name: x.detach().to(device) for name in PER_PAIR if (x := getattr(self, name)) is not None}
+        return replace(self, **moved)
+
     @staticmethod
     def join(parts: Sequence[PairLogps]) -> PairLogps:
         """The pairs of several packs as those of one."""
@@ -85,6 +95,11 @@ class PairLogps:
                 [torch.ones_like(part.chosen) if part.weight is None else part.weight for part in parts]
             )
         return PairLogps(**columns, reward_shift=parts[0].reward_shift)  # type: ignore[arg-type]
+
+    def take(self, index: Tensor) -> PairLogps:
+        """Some of the pairs, in the order of `index`."""
+        taken = {name: x[index] for name in PER_PAIR if (x := getattr(self, name)) is not None}
+        return replace(self, **taken)
 
     def at_reference(self) -> PairLogps:
         """The same pairs with the policy equal to the reference: every margin is 0."""

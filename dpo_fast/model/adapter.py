@@ -196,7 +196,7 @@ def _without_warnings() -> Iterator[None]:
     """Without what peft says of a name that transformers 5.23 changed, and of tied heads, which are refused."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*tied layer is part of the adapter")
+        warnings.filterwarnings("ignore", message="Model .*tie_word_embeddings=True")
         yield
 
 

@@ -57,7 +57,16 @@ def load_tokenizer(
 
 
 def tokenizer_of(config: Any) -> PreTrainedTokenizerBase:
-    """As `load_tokenizer`, from settings with `model`, `adapter_base`, `chat_template` and `trust_remote_code`."""
+    """As `load_tokenizer`, from settings with `model`, `adapter_base`, `chat_template` and `trust_remote_code`.
+
+    Raises:
+        UserError: as there, or a base is given and `model` is no adapter.
+    """
+    if config.adapter_base is not None and not is_adapter(config.model):
+        raise UserError(
+            f"--adapter {config.model}: no folder with adapter_config.json in it; an adapter on the Hub has to be "
+            "downloaded first: hf download NAME --local-dir FOLDER"
+        )
     return load_tokenizer(
         config.model, config.chat_template, base=config.adapter_base, trust_remote_code=config.trust_remote_code
     )

@@ -33,6 +33,7 @@ from dpo_fast.model.load import load_adapted, refuse_not_finite
 from dpo_fast.model.placement import Placement
 from dpo_fast.model.quantize import FourBit
 from dpo_fast.model.rotary import LengthRegimes
+from dpo_fast.model.sharding import Parallel, decoder_layers, shard, whole_weights
 
 # Part of the reference store's keys: raise it when a change of head or attention moves log-probs beyond rounding.
 NUMERICS_VERSION = 2
@@ -52,6 +53,10 @@ class Scored:
     logps: Tensor
     router_loss: Tensor | None = None
     stats: TokenStats | None = None
+
+    def as_tuple(self) -> tuple[Tensor, Tensor | None, TokenStats | None]:
+        """The attributes in their order."""
+        return self.logps, self.router_loss, self.stats
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Policy:
         shares_prompts: lay a prompt out once for all its answers; false computes answer by answer.
         static_tokens: fill every pack up to this many tokens, so that compiled layers see one size; None fills none.
         is_compiled: whether the decoder's layers are compiled.
+        parallel: what processes share of the model; None if there is one.
         layers: which fused layers the model has; empty if it has its own (see `model/layers.py`).
         router_loss_coef: weight of the load-balancing loss of a mixture of experts; 0 leaves it out, None takes the
             model's own coefficient if its configuration asks for balancing, as in transformers.
@@ -91,13 +97,23 @@ class Policy:
     shares_prompts: bool = True
     static_tokens: int | None = None
     is_compiled: bool = False
+    parallel: Parallel | None = None
     layers: str = ""
     router_loss_coef: float | None = None
     adapter: Adapter | None = None
 
     @classmethod
-    def load(cls, config: ModelConfig, name: str | None = None, *, merge: bool = False) -> Policy:
-        """Load `name`, by default `config.model`, as the settings say; `merge` adds its adapter to the weights."""
+    def load(
+        cls, config: ModelConfig, name: str | None = None, *, merge: bool = False, parallel: Parallel | None = None
+    ) -> Policy:
+        """Load a model as the settings say.
+
+        Args:
+            config: where and in which numbers it runs.
+            name: of the model; `config.model` by default.
+            merge: add its adapter to the weights.
+            parallel: what the processes of the default group share of it; None for one process.
+        """
         place = Placement.of(config)
         name = name or config.model
         four_bit = FourBit(place.device, place.compute_dtype) if config.load_in_4bit else None
@@ -110,8 +126,12 @@ class Policy:
         )
         if merge and peft is not None:
             model, peft = merged(peft), None
-        model.to(device=place.device).eval()
+        model.eval()
+        if parallel is None:
+            model.to(device=place.device)
         refuse_not_finite(name, model)
+        if parallel is not None:
+            shard(model, device=place.device, parallel=parallel, dtype=torch.bfloat16 if place.bf16 else None)
         return cls(
             model,
             adapter=None if peft is None else Adapter(peft),
@@ -120,6 +140,7 @@ class Policy:
             memory_budget=int(config.head_memory_budget_gib * 2**30),
             autotune=config.autotune,
             deterministic_attention=config.deterministic_attention,
+            parallel=parallel,
         )
 
     @property
@@ -132,6 +153,7 @@ class Policy:
         """What else than the weights and the configuration can move a log-prob; part of the reference store's keys."""
         layout = PACKED_ATTENTION if self.shares_prompts else "one sequence an answer"
         ways = " compiled" * self.is_compiled + " lengths apart" * (self.length_regimes is not None)
+        ways += " gathered weights" * (self.parallel is not None and self.bf16)
         layers = f" {self.layers}" if self.layers else ""
         return f"v{NUMERICS_VERSION} {self.compute_dtype} {layout}{ways}{layers}"
 
@@ -139,6 +161,17 @@ class Policy:
     def length_regimes(self) -> LengthRegimes | None:
         """How the length of a row decides on its rotary frequencies, if it does."""
         return LengthRegimes.of(self.model)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return self.parallel == "fsdp"
+
+    def sum_gradients(self, *, now: bool) -> None:
+        """Let copies of the weights sum their gradients in the next backward, or in a later one of the same step."""
+        if self.parallel == "ddp":
+            self.model.set_requires_all_reduce(now)
+            self.model.set_is_last_backward(now)  # which forgets what has not been summed yet
 
     @property
     def noise(self) -> float:
@@ -155,6 +188,12 @@ class Policy:
         Returns:
             Log-probs in the order of `batch.targets`, differentiable.
         """
+        if self.parallel is None:
+            return self._forward(batch, want_stats=want_stats)
+        # Gathering weights hangs on the model's own forward, and on the tensors in what it returns.
+        return Scored(*self.model(packed=lambda: self._forward(batch, want_stats=want_stats).as_tuple()))
+
+    def _forward(self, batch: PackedBatch, *, want_stats: bool) -> Scored:
         decoded = self._decode_pack(batch) if self.shares_prompts else self._decode_answers(batch)
         logps, stats = self._head(decoded.rows, batch.targets, want_stats=want_stats)
         return Scored(logps, self._router_loss(decoded.router_logits), stats)
@@ -250,7 +289,8 @@ class Policy:
         """The load-balancing loss of the model's own class, times its coefficient; None if there is none."""
         if not self.router_loss_weight or not router_logits:
             return None
-        balance = sys.modules[type(self.model).__module__].load_balancing_loss_func
+        modules = (sys.modules[kind.__module__] for kind in type(self.model).__mro__)
+        balance = next(function for x in modules if (function := getattr(x, "load_balancing_loss_func", None)))
         loss = balance(router_logits, self.model.num_experts, self.model.num_experts_per_tok)
         return self.router_loss_weight * loss
 
@@ -316,8 +356,7 @@ class Policy:
         Raises:
             UserError: the model does not name its layers.
         """
-        names = set(getattr(self.model, "_no_split_modules", None) or ())
-        layers = [module for module in self.model.modules() if type(module).__name__ in names]
+        layers = decoder_layers(self.model)
         if not layers:
             raise UserError(f"--torch_compile: {type(self.model).__name__} does not name its layers; leave it off")
         for layer in layers:
@@ -325,20 +364,36 @@ class Policy:
             layer.compile(dynamic=True if self.static_tokens is None else None, backend=backend)
         return replace(self, is_compiled=True)
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Whole weights by name: the model's own, or copies on the host of those that processes share.
+
+        Those are in the first process alone, and all have to ask for them.
+        """
+        return self.model.state_dict() if self.parallel is None else whole_weights(self.model)
+
+    def save(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype | None = None,
+        *,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write a Hugging Face folder: weights as safetensors, configuration, tokenizer; of an adapter, peft's.
 
         Args:
             folder: to write into.
             tokenizer: of the model.
             dtype: of the written weights; None is their own, as an adapter's always is.
+            weights: from `whole_weights`, if processes share them.
         """
         if self.adapter is not None:
             self.adapter.save(folder)
         elif dtype in (None, self.model.dtype):
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
         else:
-            weights = {name: weight.to(dtype) for name, weight in self.model.state_dict().items()}
+            own = self.model.state_dict() if weights is None else weights
+            weights = {name: weight.to(dtype) for name, weight in own.items()}
             self.model.save_pretrained(folder, state_dict=weights)
             config = json.loads((folder / "config.json").read_text())
             config["dtype"] = str(dtype).removeprefix("torch.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.model.load import load_config, load_model
@@ -27,7 +29,7 @@ class SavedDtype:
 
 
 def saved_dtype(
-    model: Any,
+    weights: Mapping[str, Tensor],
     base: str,
     wanted: str,
     *,
@@ -40,14 +42,14 @@ def saved_dtype(
     Training moves most weights by less than the spacing of bfloat16: cast to the base's dtype, they are what they were.
 
     Args:
-        model: as trained.
+        weights: as trained, by name.
         base: what it was loaded from.
         wanted: `auto`, or the name of a dtype.
         adapter_base: model beneath the adapter that `base` names.
         four_bit: how `base` was quantised.
         trust_remote_code: as for loading.
     """
-    trained = model.dtype
+    trained = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     if wanted != "auto" and getattr(torch, wanted) is trained:
         return SavedDtype(trained, "")
     try:
@@ -63,7 +65,7 @@ def saved_dtype(
             merge=True,
             trust_remote_code=trust_remote_code,
         )
-        share = surviving_share(model, start, target)
+        share = surviving_share(weights, start, target)
     except UserError as error:
         return SavedDtype(trained, f"weights in {_name(trained)}: {base} cannot be compared with any more ({error})")
     text = f"{share:.1%} of the weights that changed differ from {base} in {_name(target)}"
@@ -74,15 +76,15 @@ def saved_dtype(
 
 
 @torch.no_grad()
-def surviving_share(model: Any, base: Any, dtype: torch.dtype) -> float:
+def surviving_share(weights: Mapping[str, Tensor], base: nn.Module, dtype: torch.dtype) -> float:
     """Of the weights that differ from the base's, the share that still does after a cast; 1 if none differs."""
-    before = dict(base.named_parameters())
     changed = survived = 0
-    for name, parameter in model.named_parameters():
-        start = before[name].to(parameter.device, parameter.dtype)
-        moved = parameter != start
+    for name, parameter in base.named_parameters():
+        weight = weights[name]
+        start = parameter.to(weight.device, weight.dtype)
+        moved = weight != start
         changed += int(moved.sum())
-        survived += int((moved & (parameter.to(dtype) != start.to(dtype))).sum())
+        survived += int((moved & (weight.to(dtype) != start.to(dtype))).sum())
     return survived / changed if changed else 1.0
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from dpo_fast.packs.bins import best_fit_decreasing
+
 
 def group_cost(prompt_length: int, answer_lengths: Iterable[int], hidden_size: int) -> float:
     """Work of a group whose prompt is computed once; the unit is the work of one token."""
@@ -44,6 +46,48 @@ def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
         shares[target].append(item)
         sums[target] += costs[item]
     return shares
+
+
+def deal_packs(
+    lengths: Sequence[int], costs: Sequence[float], *, num_ranks: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Each process's packs of a step: all have the same number of packs, since the processes of a step go in lockstep.
+
+    Args:
+        lengths: tokens of each item of the step.
+        costs: of each item, see `group_cost`.
+        num_ranks: processes, at least 1.
+        max_tokens: token budget of a pack.
+
+    Returns:
+        For each process, packs of indices; deterministic. A pack is empty where a process has fewer items than another
+        has packs.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    sums = [0.0] * num_ranks
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        target = min(range(num_ranks), key=lambda k: (sums[k], k))
+        shares[target].append(item)
+        sums[target] += costs[item]
+    dealt = []
+    for share in map(sorted, shares):
+        bins = best_fit_decreasing([lengths[i] for i in share], max_tokens)
+        dealt.append([[share[i] for i in items] for items in bins])
+    num_packs = max(map(len, dealt))
+    return [_cut_into(packs, num_packs) for packs in dealt]
+
+
+def _cut_into(packs: list[list[int]], num_packs: int) -> list[list[int]]:
+    """Halve the packs with the most items until there are enough; empty ones follow where no item is left to part."""
+    packs = list(packs)
+    while len(packs) < num_packs:
+        largest = max(packs, key=len, default=[])
+        if len(largest) < 2:
+            packs.append([])
+            continue
+        packs.remove(largest)
+        packs += [largest[::2], largest[1::2]]
+    return packs
 
 
 class BalancedSampler:

@@ -30,12 +30,14 @@ class Free:
         policy: activations that are recomputed or offloaded.
         max_tokens: the token budget, downwards.
         precision: dtype of the weights and the optimizer.
+        sharding: whether weights are shared among several cards.
         optimizers: that may be taken.
     """
 
     policy: bool = True
     max_tokens: bool = True
     precision: bool = False
+    sharding: bool = True
     optimizers: tuple[str, ...] = ()
 
 
@@ -115,7 +117,8 @@ class Planned:
     @property
     def missing(self) -> str:
         """What `train` cannot do yet of this; empty if it can do all of it."""
-        return f"{self.setting.gpus} GPUs" if self.setting.gpus > 1 else ""
+        setting = self.setting
+        return f"--parallel fsdp with --peft {setting.peft}" if setting.sharded and setting.peft != "none" else ""
 
 
 def enumerate_settings(asked: Planned, free: Free) -> Iterator[Planned]:
@@ -124,7 +127,7 @@ def enumerate_settings(asked: Planned, free: Free) -> Iterator[Planned]:
     for tier, base in _precisions(asked, free):
         for policy, offload in _policies(base, free):
             for max_tokens in _budgets(asked, free):
-                for sharded in _shardings(base):
+                for sharded in _shardings(base, free):
                     setting = replace(base, policy=policy, offload=offload, max_tokens=max_tokens, sharded=sharded)
                     if (tier, setting) != (0, asked.setting):
                         yield replace(asked, setting=setting, tier=tier)
@@ -162,21 +165,22 @@ def _budgets(asked: Planned, free: Free) -> list[int]:
     return [most] + [most // share for share in SHARES[1:] if most // share >= asked.workload.longest]
 
 
-def _shardings(setting: Setting) -> list[bool]:
+def _shardings(setting: Setting, free: Free) -> list[bool]:
+    if not free.sharding:
+        return [setting.sharded]
     return [False] if setting.gpus == 1 or setting.peft == "qlora" else [False, True]
 
 
 def choose(asked: Planned, free: Free) -> tuple[Planned, list[Planned]]:
     """The best setting, and the others worth knowing, best first.
 
-    On one card, the setting that was asked for wins if it fits. Otherwise, the lowest tier with a setting that fits,
-    and in it the fastest; nobody asks for a way to share work among several cards. If nothing fits, what was asked for
-    comes back.
+    If it says all, as on one card, the setting that was asked for wins if it fits. Otherwise, the lowest tier with a
+    setting that fits, and in it the fastest. If nothing fits, what was asked for comes back.
     """
     found = list(enumerate_settings(asked, free))
     fitting = [planned for planned in found if planned.fits]
     ranked = sorted(fitting, key=lambda planned: (planned.tier, planned.time.total))
-    is_settled = asked.fits and asked.setting.gpus == 1
+    is_settled = asked.fits and (asked.setting.gpus == 1 or not free.sharding)
     best = asked if is_settled or not ranked else ranked[0]
     rest = [planned for planned in _distinct(ranked) if planned.setting != best.setting]
     return best, rest

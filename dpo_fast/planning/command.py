@@ -39,12 +39,15 @@ def run_plan(config: PlanConfig, *, optimizers: tuple[str, ...], console: Consol
     card = hardware.card(config.gpu) if config.gpu else _card_here(config.device)
     shape = model_shape(config)
     workload = make_workload(config)
-    setting = replace(asked_setting(config, card, _max_tokens(config, card, workload)), gpus=config.gpus)
+    gpus = max(config.gpus, config.nproc)
+    setting = asked_setting(config, card, _max_tokens(config, card, workload))
+    setting = replace(setting, gpus=gpus, sharded=gpus > 1 and config.parallel == "fsdp")
     asked = Planned(shape, setting, card, workload)
     free = Free(
         policy=asked_policy(config) is None,
         max_tokens=config.max_tokens_per_batch is None,
         precision=_is_default(config, "dtype") and _is_default(config, "optim"),
+        sharding=config.parallel == "auto",
         optimizers=optimizers,
     )
     planned, others = choose(asked, free)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,12 +87,19 @@ class Forecast:
         max_tokens: int,
         optimizers: tuple[str, ...],
         base_gib: float = 0.0,
+        gpus: int = 1,
     ) -> Forecast:
         """Plan a run; what was not asked for is chosen so that it fits, without changing any result."""
-        asked = Planned(shape, asked_setting(config, card, max_tokens), card, workload)
+        setting = replace(
+            asked_setting(config, card, max_tokens), gpus=gpus, sharded=gpus > 1 and config.parallel == "fsdp"
+        )
+        asked = Planned(shape, setting, card, workload)
+        if config.parallel == "auto" and gpus > 1 and config.peft == "none" and not asked.fits:
+            asked = replace(asked, setting=replace(setting, sharded=True))
         free = Free(
             policy=asked_policy(config) is None,
             max_tokens=config.max_tokens_per_batch is None,
+            sharding=False,
             optimizers=optimizers,
         )
         return cls(asked, choose(asked, free)[0], free, base_gib)
@@ -106,6 +113,11 @@ class Forecast:
     def offload(self) -> bool:
         """Whether the inputs of layers wait in the host's memory."""
         return self.planned.setting.offload
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes share weights, gradients and optimizer state."""
+        return self.planned.setting.sharded
 
     @property
     def max_tokens(self) -> int:

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from dpo_fast.packs.bins import StepSampler
 from dpo_fast.packs.layout import Group
+from dpo_fast.packs.steps import StepSampler
 from dpo_fast.planning.setting import PackLoad
 
 # Means of UltraFeedback's binarised rows (500, SmolLM2's tokenizer, --max_length 2048): prompt, and each answer.
@@ -91,6 +91,7 @@ class RowWorkload:
 
     def __init__(self, groups: Sequence[Group], *, rows_per_step: int, seed: int, static_shapes: bool = False) -> None:
         """Take what the run's sampler takes; with `static_shapes` every pack is filled up to the budget."""
+        self._groups = groups
         self._lengths = [group.num_tokens for group in groups]
         self._figures = np.array([astuple(PackLoad.of([group])) for group in groups])
         self._rows_per_step, self._seed, self._static = rows_per_step, seed, static_shapes
@@ -103,10 +104,10 @@ class RowWorkload:
         """The first epoch's steps, at most SIMULATED_STEPS."""
         if max_tokens not in self._cache:
             sampler = StepSampler(
-                self._lengths, groups_per_step=self._rows_per_step, max_tokens=max_tokens, seed=self._seed
+                self._groups, groups_per_step=self._rows_per_step, max_tokens=max_tokens, seed=self._seed
             )
             count = min(sampler.steps_per_epoch, SIMULATED_STEPS)
-            self._cache[max_tokens] = [[self._load(p, max_tokens) for p in next(sampler)] for _ in range(count)]
+            self._cache[max_tokens] = [[self._load(p, max_tokens) for p in next(sampler).packs] for _ in range(count)]
         return self._cache[max_tokens]
 
     def demands(self, max_tokens: int) -> list[Demand]:

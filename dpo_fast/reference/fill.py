@@ -23,6 +23,7 @@ from dpo_fast.model.policy import Policy
 from dpo_fast.packs.bins import best_fit_decreasing
 from dpo_fast.packs.budget import token_budget
 from dpo_fast.packs.layout import Group
+from dpo_fast.ranks import ONE_PROCESS, Ranks
 from dpo_fast.reference.fingerprint import model_fingerprint
 from dpo_fast.reference.scores import AnswerLogps, Reference
 from dpo_fast.reference.store import ReferenceStore
@@ -55,6 +56,8 @@ def reference_logps(
     policy: Policy | None = None,
     known: KnownReference | None = None,
     load: Callable[[], Policy] | None = None,
+    ranks: Ranks = ONE_PROCESS,
+    wanted: Sequence[int] | None = None,
 ) -> tuple[list[AnswerLogps], str]:
     """Log-probs of the answers in `packs`, from the store where it has them, else scored now.
 
@@ -67,6 +70,8 @@ def reference_logps(
         policy: the reference, if it is loaded and checked already; else it is loaded only if a row is missing.
         known: what an earlier start used. Scores that differ from those are compared with the model.
         load: loads the reference, checked; by default as `config` says.
+        ranks: the processes that share the reference; `packs` are those of this one.
+        wanted: indices of the groups in the packs of all processes; by default those in `packs`.
 
     Returns:
         For each group its answers' (A_i,) fp32 arrays, none for a group in no pack; and the fingerprint.
@@ -77,7 +82,8 @@ def reference_logps(
     if packs is None:
         budget = token_budget(config, groups, pairs=PAIRS_SCORED_AT_ONCE, device=pick_device(config.device))
         packs = best_fit_decreasing([group.num_tokens for group in groups], budget)
-    wanted = [i for packed in packs for i in packed]
+    if wanted is None:
+        wanted = [i for packed in packs for i in packed]
     wanted_groups = [groups[i] for i in wanted]
 
     def load_by_config() -> Policy:
@@ -87,7 +93,7 @@ def reference_logps(
     load = load or load_by_config
     fingerprint = known.fingerprint if known else None
     with ReferenceStore(store_path(config)) as store:
-        if known is None or known.changes or Reference(store, known.fingerprint).missing(wanted_groups):
+        if known is None or known.changes or ranks.any(_is_missing(store, known.fingerprint, wanted_groups)):
             policy = policy or load()
             fingerprint = model_fingerprint(policy.model, numerics=policy.numerics)
             if known is not None and fingerprint != known.fingerprint:
@@ -96,12 +102,12 @@ def reference_logps(
                     "configuration, dtype or layout). Pass that one, or start another run in another --output_dir"
                 )
         assert fingerprint is not None
-        reference = Reference(store, fingerprint)
+        reference = Reference(store, fingerprint, ranks)
         if policy is not None:
-            fill_reference(reference, policy, groups, packs, console)
+            fill_reference(reference, policy, groups, packs, console, wanted=wanted)
         found = dict(zip(wanted, reference.lookup(wanted_groups), strict=True))
         answers = [found.get(i, ()) for i in range(len(groups))]
-        if known is not None and (differing := _differing(known.digests, answers)):
+        if known is not None and (differing := ranks.first(_differing(known.digests, answers))):
             policy = policy or load()
             others = [groups[i] for i in differing]
             reference.verify(others, policy.score, tolerance=policy.noise, sample=len(others))
@@ -137,21 +143,37 @@ def _differing(before: Tensor, answers: Sequence[AnswerLogps]) -> list[int]:
     return ((before != now) & (before != 0) & (now != 0)).nonzero().flatten().tolist()
 
 
+def _is_missing(store: ReferenceStore, fingerprint: str, groups: list[Group]) -> bool:
+    return bool(Reference(store, fingerprint).missing(groups))
+
+
 def fill_reference(
-    reference: Reference, policy: Policy, groups: list[Group], packs: Sequence[Sequence[int]], console: Console
+    reference: Reference,
+    policy: Policy,
+    groups: list[Group],
+    packs: Sequence[Sequence[int]],
+    console: Console,
+    *,
+    wanted: Sequence[int] | None = None,
 ) -> None:
-    """Check a few stored rows against the model, then score what is missing, pack by pack."""
-    wanted = [groups[i] for packed in packs for i in packed]
-    missing = reference.missing(wanted)
-    if damaged := reference.damaged(wanted):
-        rows = [wanted[i].row for i in damaged]
+    """Check a few stored rows against the model, then score what is missing, pack by pack.
+
+    `wanted` are the indices of the groups in the packs of all processes, by default those in `packs`.
+    """
+    wanted_groups = [groups[i] for i in (wanted or [i for packed in packs for i in packed])]
+    missing = reference.missing(wanted_groups)
+    if damaged := reference.damaged(wanted_groups):
+        rows = [wanted_groups[i].row for i in damaged]
         more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
         named = ", ".join(map(str, rows[:10])) + more
         say(console, f"reference: the stored scores of {len(rows)} rows are damaged and are recomputed (rows {named})")
-    reference.verify(wanted, policy.score, tolerance=policy.noise)
-    if not missing:
-        say(console, f"reference: {len(wanted)} rows, all cached")
+    reference.verify(wanted_groups, policy.score, tolerance=policy.noise)
+    if not reference.ranks.any(bool(missing)):
+        say(console, f"reference: {len(wanted_groups)} rows, all cached")
         return
     with progress_line(console, "reference", len(missing)) as line:
         reference.fill(groups, policy.score, packs=packs, progress=line.advance)
-    say(console, f"reference: scored {len(missing)} of {len(wanted)} rows ({len(wanted) - len(missing)} cached)")
+    say(
+        console,
+        f"reference: scored {len(missing)} of {len(wanted_groups)} rows ({len(wanted_groups) - len(missing)} cached)",
+    )

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 
 import torch
 import xxhash
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dpo_fast.model.sharding import whole
 
 # Entries that say where a model came from or how it is run, not what it computes. Everything else counts, known or
 # not: a needless rescoring is cheaper than a stale score. dtype and architecture are hashed with the weights.
@@ -37,7 +40,7 @@ def model_fingerprint(model: nn.Module, *, numerics: str) -> str:
     def add(*parts: object) -> None:
         digest.update(json.dumps(_plain(parts), sort_keys=True).encode() + b"\0")
 
-    add(numerics, type(model).__name__)
+    add(numerics, type(model).__name__.removeprefix("FSDP"))  # which torch puts before the name of a shared model
     config = getattr(model, "config", None)
     if config is not None:
         add(_without_provenance(config.to_dict()))
@@ -52,13 +55,14 @@ def model_fingerprint(model: nn.Module, *, numerics: str) -> str:
             raise ValueError(f"{name} has no data (meta device): load the model whole before it is hashed")
         add(name, str(tensor.dtype), tuple(tensor.shape))
         # A tied weight is the same view of the same memory; a transposed or sliced view is not.
-        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        is_shared = isinstance(tensor, DTensor)  # whose part may be empty, and so may those of others
+        view = (id(tensor) if is_shared else tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and view in seen:
             add("tied to", seen[view])
             continue
         seen[view] = name
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(memoryview(flat.numpy()))
+        flat: Tensor = whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(memoryview(flat.numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

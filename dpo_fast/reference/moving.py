@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.model.policy import Policy
+from dpo_fast.model.sharding import local
 from dpo_fast.packs.layout import PackedBatch
 
 
@@ -35,14 +36,20 @@ class MovingReference:
         """Move if the optimizer step `step`, counted from 1, is one to move after."""
         if step % self._sync_steps:
             return
-        own = list(self.reference.model.parameters())
-        torch._foreach_lerp_(own, list(policy.model.parameters()), self._alpha)
+        own, theirs = (
+            [local(weight) for weight in model.parameters()] for model in (self.reference.model, policy.model)
+        )
+        torch._foreach_lerp_(own, theirs, self._alpha)
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference's weights."""
-        state: dict[str, Any] = self.reference.model.state_dict()
-        return state
+        """The reference's weights, or what this process holds of them."""
+        return {name: local(weight) for name, weight in self.reference.model.state_dict().items()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the weights from `state_dict`."""
-        self.reference.model.load_state_dict(state)
+        if self.reference.parallel is None:
+            self.reference.model.load_state_dict(state)
+            return
+        for name, weight in self.reference.model.state_dict().items():
+            local(weight).copy_(state[name])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpo_fast.errors import UserError
 from dpo_fast.packs.layout import Group, PackedBatch, pack
+from dpo_fast.ranks import ONE_PROCESS, Ranks
 from dpo_fast.reference.store import ReferenceStore
 
 AnswerLogps = tuple[np.ndarray, ...]
@@ -45,10 +46,11 @@ class StoredScores:
 class Reference:
     """The scores of one model in a store."""
 
-    def __init__(self, store: ReferenceStore, fingerprint: str) -> None:
-        """Take an open store and the `model_fingerprint` of the reference."""
+    def __init__(self, store: ReferenceStore, fingerprint: str, ranks: Ranks = ONE_PROCESS) -> None:
+        """Take an open store, the `model_fingerprint` of the reference, and the processes that share the model."""
         self._store = store
         self._fingerprint = fingerprint.encode()
+        self.ranks = ranks
 
     def missing(self, groups: Sequence[Group]) -> list[int]:
         """Indices of the groups that have an answer without scores, or with another number of them."""
@@ -100,17 +102,24 @@ class Reference:
                 largest of `packs`.
             progress: called after each pack with the number of its groups that were missing.
 
+        Processes that share the model each score their own packs, and all of them as many; it returns when all have.
+
         Raises:
             UserError: a score is not finite; nothing of its pack was stored.
         """
         plan, missing = self._plan(groups, packs, max_tokens)
+        num_packs = max(self.ranks.gather(len(plan)))
+        is_shared = self.ranks.world_size > 1
         for packed in plan:
             members = [groups[i] for i in packed]
-            # Another process may have scored them since the plan was made.
-            if self.missing(members):
+            # Another run may have scored them since the plan was made.
+            if is_shared or self.missing(members):
                 self._store.put(self._score(members, score))
             if progress:
                 progress(len(missing.intersection(packed)))
+        for _ in range(num_packs - len(plan)):
+            score(pack([min(groups, key=lambda group: group.num_tokens)]))
+        self.ranks.wait()
 
     def _plan(
         self, groups: Sequence[Group], packs: Sequence[Sequence[int]] | None, max_tokens: int | None
@@ -191,7 +200,7 @@ class Reference:
             part = order[start : start + 64]
             absent = set(self.missing([groups[i] for i in part]))
             found += [i for place, i in enumerate(part) if place not in absent]
-        return found[:count]
+        return self.ranks.first(found[:count])
 
     def _find(self, groups: Sequence[Group]) -> list[AnswerLogps | None]:
         keys = [[self._key(group, number) for number in range(len(group.answers))] for group in groups]

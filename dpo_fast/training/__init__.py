@@ -4,6 +4,7 @@ run            `train`: rows -> plan -> policy -> reference -> a `Trainer`
 as_planned     the plan against the memory there is
 plan           batch, token budget, precision and steps, decided once
 ranks          who this process is, and what is summed over processes
+adapters       what an adapter starts from, and what is written at its end
 references     the reference of a run
 loop           steps, evaluation, checkpoints, the final model
 step           what a pack adds to a step

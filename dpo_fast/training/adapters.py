@@ -52,6 +52,10 @@ def check_adapter(config: DPOConfig) -> None:
             raise UserError("--merge_final true: no adapter is trained; add --peft lora, or leave it out")
         return
     require_peft(f"--peft {config.peft}")
+    if config.parallel == "fsdp":
+        raise UserError(
+            f"--parallel fsdp: under --peft {config.peft} frozen weights are whole in each process; pass auto or ddp"
+        )
     if config.sync_ref_model:
         raise UserError(f"--sync_ref_model true: the reference under --peft {config.peft} is frozen; leave one out")
     if config.lora_dropout and any_loss(config, lambda facts: facts.compares_pairs):
@@ -116,8 +120,6 @@ def start_adapter(
     base, joined = config.model, None
     if below is not None and not _why_not_joined(config, below):
         base, joined = below.base, below
-    # The same adapter whether the reference was scored before it or found in the store.
-    torch.manual_seed(config.seed)
     peft = attach(policy.model, lora_settings(config), beneath=policy.adapter.peft if policy.adapter else None)
     adapter = Adapter(peft, TRAINED, base=base, below=joined, base_fingerprint=fingerprint, card=card(config, base))
     if checkpoint is not None:
@@ -182,7 +184,7 @@ def write_merged(config: DPOConfig, adapter: Path, tokenizer: PreTrainedTokenize
     model = load_model(str(adapter), torch.float32, merge=True, **options)
     below = adapter_folder(str(adapter))
     assert below is not None, "it was just written"
-    saved = saved_dtype(model, below.base, config.save_dtype, **options)
+    saved = saved_dtype(model.state_dict(), below.base, config.save_dtype, **options)
     policy = Policy(model, device=torch.device("cpu"))
     path = write_folder_atomically(
         adapter.with_name(MERGED_FOLDER), lambda folder: policy.save(folder, tokenizer, saved.dtype)

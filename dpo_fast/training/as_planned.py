@@ -13,6 +13,7 @@ from dpo_fast.planning.forecast import Forecast, is_out_of_memory
 from dpo_fast.planning.hardware import this_card
 from dpo_fast.planning.shapes import CannotPlan, shape_of
 from dpo_fast.planning.workload import RowWorkload
+from dpo_fast.ranks import local_processes
 from dpo_fast.training.checkpoint import newest_checkpoint
 from dpo_fast.training.metrics import peak_memory_gib
 from dpo_fast.training.optimizers import OPTIMIZERS
@@ -28,21 +29,29 @@ def fit_plan(config: DPOConfig, plan: Plan, groups: Sequence[Group]) -> Plan:
     Raises:
         UserError: nothing fits that gives the same results.
     """
-    device = plan.placement.device
-    workload = RowWorkload(groups, rows_per_step=plan.rows_per_step, seed=plan.seed, static_shapes=config.static_shapes)
+    device, world_size = plan.placement.device, plan.ranks.world_size
+    own_rows = -(-plan.rows_per_step // world_size)
+    workload = RowWorkload(groups, rows_per_step=own_rows, seed=plan.seed, static_shapes=config.static_shapes)
+    card = this_card(device)
+    if card.is_cpu:
+        card = replace(card, memory=card.memory / local_processes())
+    # A CPU has no allocator that counts, only a process, and that holds all that was imported.
+    base_gib = peak_memory_gib(device) if card.is_cpu else 0.0
+    card, base_gib = plan.ranks.first((card, base_gib))  # all processes must come to the same plan
     try:
         shape = shape_of(config_of(config), config.model)
         forecast = Forecast.of(
-            *(config, shape, this_card(device), workload),
+            *(config, shape, card, workload),
             max_tokens=plan.max_tokens,
             optimizers=tuple(OPTIMIZERS),
-            # A CPU has no allocator that counts, only a process, and that holds all that was imported.
-            base_gib=peak_memory_gib(device) if device.type == "cpu" else 0.0,
+            base_gib=base_gib,
+            gpus=world_size,
         )
     except CannotPlan:
         return plan
     forecast.check()
-    return replace(plan, max_tokens=forecast.max_tokens, forecast=forecast)
+    parallel = plan.parallel and ("fsdp" if forecast.is_sharded else "ddp")
+    return replace(plan, max_tokens=forecast.max_tokens, parallel=parallel, forecast=forecast)
 
 
 def run_as_planned(trainer: Trainer) -> TrainResult:

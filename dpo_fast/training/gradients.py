@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
+from dpo_fast.model.sharding import whole
 from dpo_fast.training.optimizers import OPTIMIZERS, optimizer_name
 
 if TYPE_CHECKING:
@@ -57,10 +58,10 @@ class Clipping:
         self._optimizer, self._parameters, self._max_norm = optimizer, list(parameters), max_norm or math.inf
 
     def clip(self) -> Tensor:
-        """Scale the gradients, or let the optimizer do so; returns their norm before."""
+        """Scale the gradients, or let the optimizer do so; returns their norm before, over all processes."""
         if not isinstance(self._optimizer, MultipliesGradients):
-            return clip_grad_norm_(self._parameters, self._max_norm)
-        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            return whole(clip_grad_norm_(self._parameters, self._max_norm))
+        norm = whole(get_total_norm([p.grad for p in self._parameters if p.grad is not None]))
         if self._max_norm < math.inf:
             # As in torch.nn.utils.clip_grads_with_norm_.
             self._optimizer.grad_factor = (self._max_norm / (norm.float() + 1e-6)).clamp(max=1.0)
@@ -109,6 +110,8 @@ def check_gradient_release(config: DPOConfig, plan: Plan, groups: Sequence[Group
     """
     if not config.gradient_release:
         return
+    if plan.ranks.world_size > 1:
+        raise UserError("--gradient_release true: several processes sum their gradients first; pass false")
     name = optimizer_name(config)
     if not OPTIMIZERS[name].releases_gradients:
         able = ", ".join(known for known, declared in OPTIMIZERS.items() if declared.releases_gradients)
@@ -118,10 +121,10 @@ def check_gradient_release(config: DPOConfig, plan: Plan, groups: Sequence[Group
             f"--gradient_release true: --max_grad_norm {config.max_grad_norm:g} needs the norm of the whole gradient; "
             "pass --max_grad_norm 0"
         )
-    for step, packs in enumerate(islice(plan.sampler(groups), plan.num_steps), 1):
-        if len(packs) > 1:
-            tokens = sum(groups[i].num_tokens for packed in packs for i in packed)
+    for number, step in enumerate(islice(plan.sampler(groups), plan.num_steps), 1):
+        if len(step.packs) > 1:
+            tokens = sum(groups[i].num_tokens for i in step.groups)
             raise UserError(
-                f"--gradient_release true: the gradients of step {step} are the sum over {len(packs)} packs; pass "
-                f"--max_tokens_per_batch {tokens} or above, or fewer rows per step"
+                f"--gradient_release true: the gradients of step {number} are the sum over {len(step.packs)} packs; "
+                f"pass --max_tokens_per_batch {tokens} or above, or fewer rows per step"
             )

@@ -15,6 +15,7 @@ from dpo_fast.losses.objective import loss_at_reference, slope_at_reference
 from dpo_fast.model.finite import not_finite
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
+from dpo_fast.ranks import ONE_PROCESS, Ranks
 from dpo_fast.training.checkpoint import newest_checkpoint
 
 
@@ -47,10 +48,11 @@ def check_first_step(metrics: dict[str, float], groups: list[Group], config: DPO
 class FiniteWatch:
     """Collects flags on the device and reads them only when asked, so that a step need not wait for them."""
 
-    def __init__(self, cure: Callable[[], str] = lambda: "lower --learning_rate") -> None:
-        """`cure` is asked for the end of the message when there is one to write."""
+    def __init__(self, cure: Callable[[], str] = lambda: "lower --learning_rate", ranks: Ranks = ONE_PROCESS) -> None:
+        """`cure` is asked for the end of the message when there is one to write; `ranks` check together."""
         self._flags: list[tuple[int, Sequence[int], Tensor]] = []
         self._cure = cure
+        self._ranks = ranks
 
     def add(self, step: int, rows: Sequence[int], finite: Tensor) -> None:
         """`finite`: one flag per row, or one for all of them (the gradient)."""
@@ -62,7 +64,7 @@ class FiniteWatch:
         return torch.stack([finite.all() for _, _, finite in self._flags]).all()
 
     def check(self, *, all_finite: bool | None = None) -> None:
-        """Raise a TrainingError that names the first bad step and its rows.
+        """Raise a TrainingError that names the first bad step and its rows, in all processes if one has found it.
 
         Args:
             all_finite: the property's value if it is on the host already; otherwise it is read now.
@@ -71,25 +73,40 @@ class FiniteWatch:
             return
         good = bool(self.all_finite) if all_finite is None else all_finite
         flags, self._flags = self._flags, []
-        for step, rows, finite in () if good else flags:
-            if bool(finite.all()):
-                continue
-            what = "gradient" if finite.ndim == 0 else "loss"
-            bad = list(rows) if finite.ndim == 0 else [r for r, ok in zip(rows, finite.tolist(), strict=True) if not ok]
-            raise TrainingError(
-                f"the {what} of step {step} is not finite (data rows, from 0: {', '.join(map(str, bad))}). Nothing was "
-                f"saved after it; look at these rows, or {self._cure()}"
-            )
+        if not self._ranks.any(not good):
+            return
+        found = self._ranks.gather(_first_bad(flags))
+        # A loss that is not finite in one process is a gradient that is not in all.
+        (step, is_gradient, rows), rank = min((bad, rank) for rank, bad in enumerate(found) if bad is not None)
+        where = f" in process {rank}" if self._ranks.world_size > 1 and not is_gradient else ""
+        raise TrainingError(
+            f"the {'gradient' if is_gradient else 'loss'} of step {step} is not finite{where} (data rows, from 0: "
+            f"{', '.join(map(str, rows))}). Nothing was saved after it; look at these rows, or {self._cure()}"
+        )
 
 
-def check_tensors(tensors: Iterable[tuple[str, Tensor]], step: int, output_dir: Path) -> None:
-    """Refuse to save weights or optimizer state that are not finite. Waits for the device, once.
+def _first_bad(flags: list[tuple[int, Sequence[int], Tensor]]) -> tuple[int, bool, list[int]] | None:
+    """Step, whether it is the gradient, and rows of the first flag that is not set."""
+    for step, rows, finite in flags:
+        if not bool(finite.all()):
+            is_gradient = finite.ndim == 0
+            bad = rows if is_gradient else [row for row, ok in zip(rows, finite.tolist(), strict=True) if not ok]
+            return step, is_gradient, list(bad)
+    return None
+
+
+def check_tensors(
+    tensors: Iterable[tuple[str, Tensor]], step: int, output_dir: Path, ranks: Ranks = ONE_PROCESS
+) -> None:
+    """Refuse to save weights or optimizer state that are not finite in some process. Waits for the device, once.
 
     Raises:
         TrainingError: it names the first such tensor and the last good checkpoint.
     """
     floats = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    if bad := not_finite(floats):
+    bad = not_finite(floats)
+    if ranks.any(bool(bad)):
+        bad = next(filter(None, ranks.gather(bad)))
         more = f" and {len(bad) - 1} more of {len(floats)} tensors" if len(bad) > 1 else ""
         raise TrainingError(
             f"after step {step}, {bad[0]}{more} holds numbers that are not finite. They were not saved; "

@@ -20,9 +20,11 @@ from torch import Tensor
 from dpo_fast.files import write_errors, write_file_atomically
 from dpo_fast.losses.pairs import PairLogps
 from dpo_fast.packs.layout import PackedBatch
+from dpo_fast.ranks import ONE_PROCESS, Ranks
 
 logger = logging.getLogger("dpo_fast")
 
+CPU = torch.device("cpu")
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_METRICS_FILE = "metrics.damaged.jsonl"
 TRL_METRICS = (
@@ -62,6 +64,16 @@ class PairAverage:
         total = torch.cat([figures.sum(1), (spread @ spread.T).flatten()])
         self._sum = total if self._sum is None else self._sum + total
         self.num_pairs += metrics.shape[1]
+
+    def over(self, ranks: Ranks, device: torch.device) -> PairAverage:
+        """That of all processes, on the device; itself if there is one."""
+        if ranks.world_size == 1:
+            return self
+        result = PairAverage()
+        size = len(PAIR_METRICS) + 9
+        own = torch.zeros(size, dtype=torch.float64, device=device) if self._sum is None else self._sum
+        result._sum, result.num_pairs = ranks.sum(own), int(ranks.sum(torch.tensor(self.num_pairs)))
+        return result
 
     def total(self, name: str) -> Tensor:
         """Scalar fp64 sum of a figure, on the device."""
@@ -138,16 +150,20 @@ class Window:
         yield
         self._start += time.perf_counter() - start
 
-    def read(self, also: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """Means, speeds, the learning rate and other scalars. Waits for the device, once."""
-        means = self._average.read(also)
+    def read(
+        self, also: Mapping[str, Tensor] | None = None, *, ranks: Ranks = ONE_PROCESS, device: torch.device = CPU
+    ) -> dict[str, float]:
+        """Means, speeds, the learning rate and other scalars, over all processes. Waits for the device, once."""
+        means = self._average.over(ranks, device).read(also)
+        counts = torch.tensor([self._tokens, self._pairs, self._room, self._padding])
+        tokens, pairs, room, padding = ranks.sum(counts).tolist()
         seconds = time.perf_counter() - self._start
         return means | {
             "learning_rate": self.learning_rate,
-            "tokens_per_second": self._tokens / seconds,
-            "pairs_per_second": self._pairs / seconds,
-            "pack_fill": self._tokens / max(self._room, 1),
-            "padding_share": self._padding / max(self._tokens + self._padding, 1),
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": pairs / seconds,
+            "pack_fill": tokens / max(room, 1),
+            "padding_share": padding / max(tokens + padding, 1),
         }
 
 

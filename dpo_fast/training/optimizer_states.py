@@ -115,7 +115,7 @@ FORMATS = {
 
 def format_of(state: State) -> str | None:
     """Which of `FORMATS` a state is in, or None."""
-    return next((name for name, known in FORMATS.items() if known.field in _unwrapped(state)), None)
+    return next((name for name, known in FORMATS.items() if known.field in unwrapped(state)), None)
 
 
 def convert_state(state: State, parameter: Tensor, to: str) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def convert_state(state: State, parameter: Tensor, to: str) -> dict[str, Any]:
     name = format_of(state)
     if name is None:
         raise ValueError(f"state: expected one of {', '.join(FORMATS)}, got the keys {', '.join(map(str, state))}")
-    return FORMATS[to].write(FORMATS[name].read(_unwrapped(state)), parameter)
+    return FORMATS[to].write(FORMATS[name].read(unwrapped(state)), parameter)
 
 
 def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any], to: str | None) -> str | None:
@@ -166,5 +166,6 @@ def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any], to: str | 
     return source
 
 
-def _unwrapped(state: State) -> State:
+def unwrapped(state: State) -> State:
+    """The state with the tensors that bitsandbytes hides in it."""
     return {**state, **state.get(BITSANDBYTES_WRAPPER, {})}

@@ -6,7 +6,7 @@ errors and defaults follow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -125,13 +125,12 @@ def check_optimizer(config: DPOConfig) -> None:
         raise UserError(f"--optim {name}: runs on a GPU, and the device is {device}; choose one of {able}")
 
 
-def make_optimizer(model: nn.Module, config: DPOConfig) -> Optimizer:
-    """`config.optim` over the trainable parameters; weight decay on matrices only, as in transformers' Trainer."""
+def make_optimizer(parameters: Sequence[nn.Parameter], config: DPOConfig) -> Optimizer:
+    """`config.optim` over these parameters; weight decay on matrices only, as in transformers' Trainer."""
     check_optimizer(config)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return OPTIMIZERS[optimizer_name(config)].make(
         groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon

@@ -86,8 +86,10 @@ def prepare_reference(
     # The packs of the first epoch hold every group that the run will read, in the layout of its first steps: scored in
     # them, the reference equals the untrained policy bit for bit.
     sampler = plan.sampler(groups)
-    first_packs = [packed for step in islice(sampler, min(plan.num_steps, sampler.steps_per_epoch)) for packed in step]
-    held_out_packs = [[len(groups) + i for i in packed] for packed in plan.packs(held_out)]
+    first_epoch = list(islice(sampler, min(plan.num_steps, sampler.steps_per_epoch)))
+    first_packs = [packed for step in first_epoch for packed in step.packs if packed]
+    held_out_packs = [[len(groups) + i for i in packed] for packed in plan.packs(held_out) if packed]
+    wanted = [i for step in first_epoch for i in step.groups] + [len(groups) + i for i in range(len(held_out))]
     answers, fingerprint = reference_logps(
         *(config, name, groups + held_out),
         packs=first_packs + held_out_packs,
@@ -95,6 +97,8 @@ def prepare_reference(
         known=known,
         load=partial(load, name),
         console=console,
+        ranks=plan.ranks,
+        wanted=wanted,
     )
     ours, theirs = answers[: len(groups)], answers[len(groups) :]
     train, evaluate = StoredScores(groups, ours), StoredScores(held_out, theirs)

@@ -84,9 +84,27 @@ class Reporter:
         self._line.report(f"step {step}/{self._plan.num_steps}", row)
 
 
+class SilentReporter:
+    """In place of `Reporter` in processes that write nothing."""
+
+    def advance(self) -> None:
+        """As `Reporter.advance`."""
+
+    def training(self, step: int, row: dict[str, Any]) -> None:
+        """As `Reporter.training`."""
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """As `Reporter.write`."""
+
+
 @contextmanager
-def open_reporter(folder: Path, signs: WarningSigns, console: Console, plan: Plan, *, step: int) -> Iterator[Reporter]:
+def open_reporter(
+    folder: Path, signs: WarningSigns, console: Console, plan: Plan, *, step: int
+) -> Iterator[Reporter | SilentReporter]:
     """A reporter of a run that has done `step` steps; rows of later steps, left by a run that died, are dropped."""
+    if not plan.ranks.is_writer:
+        yield SilentReporter()
+        return
     with (
         MetricsFile(folder / METRICS_FILE, keep_up_to_step=step) as metrics,
         progress_line(console, "training", plan.num_steps, step) as line,

@@ -81,6 +81,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             *("output_dir", "save_dtype", "merge_final", "trust_remote_code", "resume", "overwrite", "dry_run"),
+            *("nproc", "parallel"),
             # The weights beneath an adapter are compared instead.
             *("adapter", "adapter_base"),
         ),

@@ -5,6 +5,8 @@ The reference is scored before the first step and then gone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.console import Console
 from dpo_fast.config import DPOConfig
 from dpo_fast.console import say
 from dpo_fast.data.load import load_groups
-from dpo_fast.errors import UserError
+from dpo_fast.errors import STOPPED, TrainingError, UserError
 from dpo_fast.files import write_file_atomically
 from dpo_fast.losses.objective import needs_reference
 from dpo_fast.model.check import with_fitting_layout
@@ -25,6 +27,8 @@ from dpo_fast.model.load import tokenizer_of
 from dpo_fast.model.placement import busy_cpu
 from dpo_fast.model.policy import Policy
 from dpo_fast.packs.layout import Group
+from dpo_fast.packs.steps import rows_of_step
+from dpo_fast.ranks import Ranks, joined_ranks
 from dpo_fast.reference.fill import store_path
 from dpo_fast.reference.store import ReferenceStore
 from dpo_fast.training.adapters import (
@@ -38,9 +42,10 @@ from dpo_fast.training.adapters import (
 from dpo_fast.training.as_planned import fit_plan, run_as_planned
 from dpo_fast.training.checkpoint import load_state, resolve_resume
 from dpo_fast.training.gradients import check_gradient_release
+from dpo_fast.training.launch import launch, needs_launch
 from dpo_fast.training.loop import STATE_FILE, STATE_TYPES, Trainer, TrainResult
+from dpo_fast.training.metrics import METRICS_FILE, read_metrics
 from dpo_fast.training.plan import Plan
-from dpo_fast.training.ranks import refuse_many_processes
 from dpo_fast.training.references import known_reference, prepare_reference
 from dpo_fast.training.resume import (
     Changes,
@@ -50,7 +55,7 @@ from dpo_fast.training.resume import (
     rows_fingerprint,
     used_changes,
 )
-from dpo_fast.training.run_folder import CONFIG_FILE, RunFolder, hold_run_folder
+from dpo_fast.training.run_folder import CONFIG_FILE, FINAL_FOLDER, RunFolder, hold_run_folder
 from dpo_fast.training.settings import check_config, check_output_dir, check_scores
 from dpo_fast.training.signals import StopSignals, stop_signals
 from dpo_fast.training.step import PairSet
@@ -71,18 +76,34 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
         TrainingError: the run stopped itself; its last checkpoint is good.
     """
     console = console or Console()
-    refuse_many_processes()
     check_config(config)
+    if needs_launch(config):
+        return train_in_processes(config)
+    with joined_ranks(config.device) as ranks:
+        return train_together(config, ranks, console if ranks.is_writer else Console(quiet=True))
+
+
+def train_in_processes(config: DPOConfig) -> TrainResult:
+    """`train` in `nproc` processes of their own.
+
+    Raises:
+        TrainingError: they failed, and have said why.
+    """
+    if (code := launch(config)) not in (0, STOPPED):
+        raise TrainingError(f"the processes of the run ended with exit code {code}; the reason is above")
     output_dir = Path(config.output_dir)
-    check_output_dir(output_dir)
+    rows = read_metrics(output_dir / METRICS_FILE)
+    step = rows[-1]["step"] if rows else 0
+    return TrainResult(None if code else output_dir / FINAL_FOLDER, rows, step, stopped=code == STOPPED)
+
+
+def train_together(config: DPOConfig, ranks: Ranks, console: Console) -> TrainResult:
+    """`train` in each of the processes that share a run; the first one holds its folder."""
+    check_output_dir(Path(config.output_dir))
     if config.dry_run:
         prepare_rows(config, console)
         return TrainResult(None, [], 0)
-    with hold_run_folder(output_dir) as folder, stop_signals() as stop:
-        if config.resume is None and not config.overwrite:
-            folder.refuse_old_run()
-        elif config.resume is None and (set_aside := folder.set_aside()):
-            say(console, set_aside)
+    with run_folder(config, ranks, console) as folder, stop_signals() as stop:
         try:
             trainer = prepare(config, folder, stop, console)
             stop.defer()
@@ -91,8 +112,26 @@ def train(config: DPOConfig, *, console: Console | None = None) -> TrainResult:
         except KeyboardInterrupt:
             if stop.is_forced or not stop.is_set():
                 raise
+        ranks.end(STOPPED)
         say(console, "stopped by a signal before the first step; rerun the same command to continue")
         return TrainResult(None, [], 0, stopped=True)
+
+
+@contextmanager
+def run_folder(config: DPOConfig, ranks: Ranks, console: Console) -> Iterator[RunFolder]:
+    """The folder of the run, held by the first process, which makes room in it for a new run."""
+    output_dir = Path(config.output_dir)
+    if not ranks.is_writer:
+        ranks.wait()
+        yield RunFolder(output_dir)
+        return
+    with hold_run_folder(output_dir) as folder:
+        if config.resume is None and not config.overwrite:
+            folder.refuse_old_run()
+        elif config.resume is None and (set_aside := folder.set_aside()):
+            say(console, set_aside)
+        ranks.wait()
+        yield folder
 
 
 @dataclass(frozen=True)
@@ -110,12 +149,13 @@ class Rows:
         return {"trained on": rows_fingerprint(self.groups), "held out": rows_fingerprint(self.held_out)}
 
 
-def prepare_rows(config: DPOConfig, console: Console) -> Rows:
-    """Read the rows and plan the run; prints both reports."""
+def prepare_rows(config: DPOConfig, console: Console, state: Mapping[str, Any] | None = None) -> Rows:
+    """Read the rows and plan the run, or the rest of the one that left `state`; prints both reports."""
     tokenizer = tokenizer_of(config)
     groups, held_out = load_splits(config, tokenizer, console)
     check_scores(config, groups + held_out)
-    plan = fit_plan(config, Plan.of(config, groups, held_out), groups)
+    rows_per_step = None if state is None else rows_of_step(state["sampler"])
+    plan = fit_plan(config, Plan.of(config, groups, held_out, rows_per_step=rows_per_step), groups)
     say(console, str(plan))
     check_gradient_release(config, plan, groups)
     return Rows(tokenizer, groups, held_out, plan)
@@ -132,7 +172,7 @@ def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Co
         folder.check_owner(checkpoint, state["run"], overwrite=config.overwrite)
         changes = changed_settings(state["settings"], config)
 
-    rows = prepare_rows(config, console)
+    rows = prepare_rows(config, console, state)
     if state is not None:
         check_rows(state["rows"], rows.fingerprints, changes)
         check_progress(config, rows.plan, state)
@@ -171,7 +211,8 @@ def prepare(config: DPOConfig, folder: RunFolder, stop: StopSignals, console: Co
         *(folder, stop, rows.fingerprints, console),
     )
     if state is not None:
-        trainer.load_state_dict(state)
+        assert checkpoint is not None, "the state is from it"
+        trainer.load_state_dict(state, checkpoint)
         say(console, f"resumed from {checkpoint} at step {trainer.step}")
         if used := used_changes(changes):
             say(console, f"changed settings, used from here on: {used}")
@@ -195,7 +236,10 @@ def check_progress(config: DPOConfig, plan: Plan, state: dict[str, Any]) -> None
 
 def load_policy(config: DPOConfig, plan: Plan, groups: list[Group], name: str) -> Policy:
     """The model `name`, checked on some of `groups`, in the layout that it can be computed in."""
-    policy = with_fitting_layout(Policy.load(config, name, merge=merges_on_load(config)), groups)
+    # The weights beneath an adapter are whole in each process.
+    parallel = None if is_adapted(config) else plan.parallel
+    policy = Policy.load(config, name, merge=merges_on_load(config), parallel=parallel)
+    policy = with_fitting_layout(policy, groups)
     policy = with_fused_layers(policy, groups, config.fused_layers if not config.torch_compile else False)
     if config.static_shapes:
         policy = replace(policy, static_tokens=plan.max_tokens)
@@ -227,7 +271,10 @@ def start_output(config: DPOConfig, trainer: Trainer, console: Console) -> None:
     """Make the folder that of this run, and record its settings."""
     import yaml
 
-    if set_aside := trainer.folder.begin(trainer.run_id):
-        say(console, set_aside)
-    text = yaml.safe_dump(asdict(config), sort_keys=False)
-    write_file_atomically(trainer.output_dir / CONFIG_FILE, text)
+    folder, ranks = trainer.folder, trainer.ranks
+    if ranks.is_writer:
+        if set_aside := folder.begin(trainer.run_id):
+            say(console, set_aside)
+        text = yaml.safe_dump(asdict(config), sort_keys=False)
+        write_file_atomically(trainer.output_dir / CONFIG_FILE, text)
+    folder.run = ranks.first(folder.run)

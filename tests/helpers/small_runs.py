@@ -55,7 +55,12 @@ def assert_same_weights(left: str | os.PathLike[str], right: str | os.PathLike[s
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def _run(words: list[str], log: str, slow: list[str], delay: float, terminal: str | None) -> None:
+def _run(
+    words: list[str], log: str, slow: list[str], delay: float, terminal: str | None, environment: dict[str, str]
+) -> None:
+    if environment:
+        os.environ.update(environment)
+        torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if terminal is not None:
         os.setsid()
@@ -100,8 +105,20 @@ def _slow_down(name: str, delay: float, log: int) -> None:
     setattr(owner, last, slowly)
 
 
+def options(config: DPOConfig) -> list[str]:
+    """The settings as words of the command line."""
+    words = [f"--{name}={json.dumps(value)}" for name, value in vars(config).items() if value is not None]
+    return [word.replace('="', "=").removesuffix('"') for word in words]
+
+
 def start_train(
-    config: DPOConfig, log: Path, *, slow: tuple[str, ...] = (), delay: float = 0.1, terminal: str | None = None
+    config: DPOConfig,
+    log: Path,
+    *,
+    slow: tuple[str, ...] = (),
+    delay: float = 0.1,
+    terminal: str | None = None,
+    environment: dict[str, str] | None = None,
 ) -> BaseProcess:
     """`dpo-fast train` in a process of its own, which prints into `log`.
 
@@ -111,11 +128,11 @@ def start_train(
         slow: functions (`module:name`) to slow down; the log says `begins NAME` at each call.
         delay: seconds to wait before and after them.
         terminal: device that the process takes as its terminal; then the log holds only those calls.
+        environment: what a launcher would tell the process.
     """
-    words = ["train", *(f"--{name}={json.dumps(value)}" for name, value in vars(config).items() if value is not None)]
-    words = [word.replace('="', "=").removesuffix('"') for word in words]
+    words = ["train", *options(config)]
     log.touch()  # it may be killed before it begins
-    process = CONTEXT.Process(target=_run, args=(words, str(log), list(slow), delay, terminal))
+    process = CONTEXT.Process(target=_run, args=(words, str(log), list(slow), delay, terminal, environment or {}))
     process.start()
     return process
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dpo_fast import FusedLinearDPOLoss
-from dpo_fast.training.ranks import Ranks
+from dpo_fast.ranks import Ranks
 
 
 class Tiny(nn.Module):

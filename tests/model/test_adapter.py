@@ -26,7 +26,7 @@ from dpo_fast.training.run import train
 pytestmark = [
     pytest.mark.filterwarnings(*IGNORED),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*tied layer is part of the adapter:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings=True:UserWarning"),
 ]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -227,6 +227,13 @@ def test_two_ways_to_name_an_adapter_are_one():
         assert kind(adapter="a").adapter_base is None
     with pytest.raises(UserError, match="expected one --model beneath it"):
         SampleConfig(model=["a", "b"], adapter="c")
+
+
+def test_an_adapter_that_is_none_is_refused(base, rows, tmp_path, capsys):
+    for name in ("org/adapter", base):
+        words = ["--model", base, "--adapter", name, "--data", rows, "--out", str(tmp_path / "o.jsonl")]
+        assert main(["score", *words]) == 2
+        assert f"--adapter {name}: no folder with adapter_config.json" in capsys.readouterr().err
 
 
 def test_trl_and_shorthand_names_are_one_setting():

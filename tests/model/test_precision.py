@@ -32,14 +32,14 @@ def trained(base, step):
 
 def test_small_steps_keep_the_trained_dtype(base):
     """Half the spacing of bfloat16 is at least 2^-9 of a weight, so that a change of 1e-4 is lost on nearly all."""
-    saved = saved_dtype(trained(base, 1e-4).model, base, "auto")
+    saved = saved_dtype(trained(base, 1e-4).whole_weights(), base, "auto")
     assert saved.dtype is torch.float32
     assert saved.reason.startswith("weights in float32: only 0.0% of the weights that changed")
     assert "--save_dtype bfloat16" in saved.reason
 
 
 def test_large_steps_take_the_bases(base):
-    saved = saved_dtype(trained(base, 0.1).model, base, "auto")
+    saved = saved_dtype(trained(base, 0.1).whole_weights(), base, "auto")
     assert saved.dtype is torch.bfloat16
     assert "100.0% of the weights that changed" in saved.reason
 
@@ -48,21 +48,21 @@ def test_the_share_by_hand(base):
     policy, start = trained(base, 0.0), load_model(base, torch.bfloat16)
     flat = next(policy.model.parameters()).data.view(-1)
     flat[0], flat[1] = flat[0] * 1.5, flat[1] * (1 + 1e-5)
-    assert surviving_share(policy.model, start, torch.bfloat16) == 0.5
-    assert surviving_share(policy.model, start, torch.float32) == 1.0
+    assert surviving_share(policy.whole_weights(), start, torch.bfloat16) == 0.5
+    assert surviving_share(policy.whole_weights(), start, torch.float32) == 1.0
 
 
 def test_what_is_asked_for_is_done_and_said(base):
     policy = trained(base, 1e-4)
-    saved = saved_dtype(policy.model, base, "bfloat16")
+    saved = saved_dtype(policy.whole_weights(), base, "bfloat16")
     assert saved.dtype is torch.bfloat16
     assert "% of the weights that changed differ" in saved.reason
-    whole = saved_dtype(policy.model, base, "float32")
+    whole = saved_dtype(policy.whole_weights(), base, "float32")
     assert (whole.dtype, whole.reason) == (torch.float32, "")
 
 
 def test_a_base_that_is_gone_is_said(base, tmp_path):
-    saved = saved_dtype(trained(base, 0.1).model, str(tmp_path / "a/b/gone"), "auto")
+    saved = saved_dtype(trained(base, 0.1).whole_weights(), str(tmp_path / "a/b/gone"), "auto")
     assert saved.dtype is torch.float32
     assert "cannot be compared with any more" in saved.reason
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.packs.layout import Group
+from dpo_fast.ranks import Ranks
 from dpo_fast.training.plan import Plan
-from dpo_fast.training.ranks import Ranks
 from dpo_fast.training.run import train
 
 

@@ -9,7 +9,7 @@ from two_ranks import share_and_sum
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import UserError
-from dpo_fast.training.ranks import Ranks
+from dpo_fast.ranks import Ranks
 from dpo_fast.training.run import train
 
 pytestmark = pytest.mark.slow
