@@ -109,8 +109,8 @@ def train_together(config: DPOConfig, ranks: Ranks, console: Console) -> TrainRe
             stop.defer()
             start_output(config, trainer, console)
             return run_as_planned(trainer)
-        except KeyboardInterrupt:
-            if stop.is_forced or not stop.is_set():
+        except (KeyboardInterrupt, Exception) as error:
+            if not stop.explains(error):
                 raise
         ranks.end(STOPPED)
         say(console, "stopped by a signal before the first step; rerun the same command to continue")

@@ -32,6 +32,15 @@ class StopSignals:
         """From here on the run ends by itself after its step."""
         self._deferred = True
 
+    def explains(self, error: BaseException) -> bool:
+        """Whether a signal before the first step is behind this error, in a process that need not end at once.
+
+        Python turns a KeyboardInterrupt that comes while a module is imported into other errors.
+        """
+        if self.is_forced or not self.is_set():
+            return False
+        return isinstance(error, KeyboardInterrupt) or not self._deferred
+
     def receive(self, number: int, frame: object) -> None:
         """Handle a signal.
 

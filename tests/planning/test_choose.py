@@ -55,9 +55,9 @@ def test_only_optimizers_that_train_has_are_chosen():
 
 
 def test_what_train_lacks_is_said_and_only_planned_when_asked():
-    asked = on(80, replace(HALF, gpus=8))
-    assert choose(asked, ALL)[0].missing == "8 GPUs"
-    assert on(80, replace(HALF, peft="lora")).missing == "--peft lora"
+    assert choose(on(80, replace(HALF, gpus=8)), ALL)[0].missing == ""
+    shared = on(80, replace(HALF, gpus=8, peft="lora", sharded=True))
+    assert shared.missing == "--parallel fsdp with --peft lora"
 
 
 def test_eight_cards_hold_what_one_does_not():

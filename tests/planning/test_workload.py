@@ -30,7 +30,7 @@ def test_packs_are_those_of_the_run():
     config = DPOConfig(model="m", max_length=32, per_device_train_batch_size=2, max_tokens_per_batch=70)
     plan = Plan.of(config, GROUPS, [])
     workload = RowWorkload(GROUPS, rows_per_step=plan.rows_per_step, seed=plan.seed)
-    made = [[PackLoad.of([GROUPS[i] for i in packed]) for packed in next(plan.sampler(GROUPS))]]
+    made = [[PackLoad.of([GROUPS[i] for i in packed]) for packed in next(plan.sampler(GROUPS)).packs]]
     assert workload.steps(70)[:1] == made
     assert workload.longest == max(g.num_tokens for g in GROUPS)
     largest = max(demand.load.tokens for demand in workload.demands(70))

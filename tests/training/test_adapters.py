@@ -61,7 +61,7 @@ def test_losses_are_those_of_trl(kind, config, trl_rows, base, tmp_path, monkeyp
 
     def remember(self):
         starts.append({name: tensor.clone() for name, tensor in self.policy.adapter.weights().items()})
-        starts.append([self.train_set.groups[i].row for _ in range(5) for pack in next(sampler) for i in pack])
+        starts.append([self.train_set.groups[i].row for _ in range(5) for pack in next(sampler).packs for i in pack])
         return run(self)
 
     sampler = None

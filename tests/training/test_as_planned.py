@@ -103,10 +103,10 @@ def test_the_plan_reads_a_models_configuration_as_the_run_does(run, trusts, monk
     """A model with code of its own would be refused by its plan otherwise."""
     seen = []
 
-    def spy(model, *, trust_remote_code=False):
-        seen.append(trust_remote_code)
-        return load_config(model)
+    def spy(settings):
+        seen.append(settings.trust_remote_code)
+        return load_config(settings.model)
 
-    monkeypatch.setattr("dpo_fast.training.as_planned.load_config", spy)
+    monkeypatch.setattr("dpo_fast.training.as_planned.config_of", spy)
     run(trust_remote_code=trusts, dry_run=True)
     assert seen == [trusts]

@@ -140,3 +140,14 @@ def test_signals_are_counted():
     with pytest.raises(KeyboardInterrupt):
         stop.receive(signal.SIGTERM, None)
     assert stop.is_forced
+
+
+def test_a_signal_during_an_import_is_behind_whatever_that_raises():
+    stop = StopSignals()
+    assert not stop.explains(RuntimeError())
+    with pytest.raises(KeyboardInterrupt):
+        stop.receive(signal.SIGTERM, None)
+    assert stop.explains(KeyboardInterrupt())
+    assert stop.explains(RuntimeError("Error calling __set_name__ on 'member_descriptor' instance"))
+    stop.defer()
+    assert not stop.explains(RuntimeError())
