@@ -95,11 +95,16 @@ def check_packed_forward(policy: Policy, groups: list[Group]) -> Verdict:
     costs one short forward per start.
 
     Raises:
-        UserError: even answer by answer a log-prob differs by more than the dtype's rounding.
+        UserError: even answer by answer a log-prob differs by more than the dtype's rounding, or is nan.
     """
     probes = probe_groups(groups, length_thresholds(policy))
     with own_attention(policy.model):
         plain = [torch.cat([_plain_logps(policy, group, i) for i in range(len(group.answers))]) for group in probes]
+    if any(logps.isnan().any() for logps in plain):
+        raise UserError(
+            f"{type(policy.model).__name__} computes nan from weights that are finite: look for a number in its "
+            "config.json that cannot be (rms_norm_eps, rope_parameters, ...)"
+        )
     reason = _why_not_packed(replace(policy, shares_prompts=True), probes, plain)
     if not reason:
         return Verdict(shares_prompts=True)

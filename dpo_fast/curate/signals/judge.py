@@ -45,14 +45,15 @@ class Judge(ModelSignal):
             UserError: it cannot be loaded.
         """
         from dpo_fast.model.attention import use_own_attention
-        from dpo_fast.model.load import load_model
+        from dpo_fast.model.load import load_model, refuse_not_finite
 
         try:
-            model: Any = load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
+            model: Any = load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code).to(self.device)
+            refuse_not_finite(self.name, model)
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
         use_own_attention(model)
-        return model.to(self.device).eval()
+        return model.eval()
 
     @cached_property
     def letters(self) -> list[list[int]]:

@@ -133,11 +133,21 @@ class ModelSignal:
 
         Raises:
             Unjudged: there are more than the model reads, or none.
+            UserError: the tokenizer has tokens that the model lacks.
         """
+        from dpo_fast.model.check import refuse_unknown_tokens
+
         length = len(tokens["input_ids"])
         if not 0 < length <= self.max_tokens:
             raise Unjudged(f"{length} tokens; the model reads 1 to {self.max_tokens}")
+        refuse_unknown_tokens(self.model, [tokens["input_ids"]], f"--signals {self.spec}: a text")
         return tokens
+
+    @property
+    def can_pad(self) -> bool:
+        """Whether the tokenizer has a padding token, and the model an embedding of it."""
+        padding = self.tokenizer.pad_token_id
+        return padding is not None and padding < self.model.get_input_embeddings().weight.shape[0]
 
     def read(self, inputs: Sequence[Tokens]) -> list[float]:
         """`outputs` of each sequence; sequences of similar lengths share a batch."""
@@ -145,7 +155,7 @@ class ModelSignal:
 
         results = [0.0] * len(inputs)
         order = sorted(range(len(inputs)), key=lambda number: len(inputs[number]["input_ids"]))
-        size = self.batch_size if self.tokenizer.pad_token_id is not None else 1
+        size = self.batch_size if self.can_pad else 1
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
             columns = {name: [inputs[n][name] for n in numbers] for name in inputs[numbers[0]]}

@@ -35,7 +35,7 @@ class RewardModel(ModelSignal):
         """
         from transformers import AutoModelForSequenceClassification
 
-        from dpo_fast.model.load import load_config, load_weights
+        from dpo_fast.model.load import load_config, load_weights, refuse_not_finite
 
         tokenizer = self.tokenizer
         try:
@@ -45,6 +45,8 @@ class RewardModel(ModelSignal):
                 *(self.name, config, self.dtype),
                 trust_remote_code=self.trust_remote_code,
             )
+            model.to(self.device)
+            refuse_not_finite(self.name, model)
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
         if model.config.num_labels != 1:
@@ -54,7 +56,7 @@ class RewardModel(ModelSignal):
             raise UserError(f"--signals {self.spec}: not a reward model: its checkpoint lacks {missing}")
         # The classifier reads its score at the last token that is not padding.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        return model.to(self.device).eval()
+        return model.eval()
 
     def outputs(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) rewards."""

@@ -138,3 +138,31 @@ def test_a_language_model_is_no_reward_model(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"not a reward model: its checkpoint lacks score\.weight"):
         judge_by_model(f"reward-model:{tmp_path}", [Question({}, "", ["a"])])
+
+
+def test_a_reward_model_of_nan_judges_nothing(tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(save_reward_model(tmp_path))
+    model.score.weight.data[0, 3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"--signals reward-model:.* hold nan or infinity: score\.weight"):
+        judge_by_model(f"reward-model:{tmp_path}", [Question({}, "", ["a"])])
+
+
+def test_a_token_that_the_model_lacks_is_named(tmp_path):
+    folder = save_reward_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=f"--signals reward-model:{folder}: a text has token 320, but the model embeds"):
+        judge_by_model(f"reward-model:{folder}", [Question({}, PROMPT, ["Paris <call>"])])
+
+
+def test_a_padding_token_that_the_model_lacks_is_not_used(tmp_path):
+    folder = save_reward_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained(folder)
+    [verdicts] = judge_by_model(f"reward-model:{folder}", [Question({}, PROMPT, ANSWERS[:3])])
+    for answer, verdict in zip(ANSWERS, verdicts, strict=False):
+        ids = tokenizer(PROMPT)["input_ids"] + tokenizer(text_of(answer))["input_ids"]
+        assert verdict.score == pytest.approx(plain_reward(folder, ids), abs=1e-5)
