@@ -12,14 +12,22 @@ from dpo_fast.config import DPOConfig
 
 
 def start_ranks(
-    config: DPOConfig, folder: Path, *, world_size: int = 2, slow: tuple[str, ...] = (), delay: float = 0.1
+    config: DPOConfig,
+    folder: Path,
+    *,
+    world_size: int = 2,
+    slow: tuple[str, ...] = (),
+    delay: float = 0.1,
+    count: bool = False,
 ) -> list[BaseProcess]:
-    """One process for each rank; their logs are `rank-K.log` in `folder`."""
+    """One process for each rank; their logs are `rank-K.log` in `folder`, with `count` the bytes in `bytes-K.json`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
+    if count:
+        common["COUNT_BYTES"] = str(folder)
     return [
         start_train(
             *(config, folder / f"rank-{rank}.log"),
@@ -36,10 +44,10 @@ def finish_ranks(processes: list[BaseProcess], folder: Path) -> list[int]:
     return [finish(process, folder / f"rank-{rank}.log") for rank, process in enumerate(processes)]
 
 
-def train_on_ranks(config: DPOConfig, folder: Path, *, world_size: int = 2) -> None:
+def train_on_ranks(config: DPOConfig, folder: Path, *, world_size: int = 2, count: bool = False) -> None:
     """Train with several processes, all of which succeed."""
     folder.mkdir(parents=True, exist_ok=True)
-    codes = finish_ranks(start_ranks(config, folder, world_size=world_size), folder)
+    codes = finish_ranks(start_ranks(config, folder, world_size=world_size, count=count), folder)
     logs = [(folder / f"rank-{rank}.log").read_text() for rank in range(world_size)]
     assert codes == [0] * world_size, logs
     assert "step" not in "".join(logs[1:]), "only the first process prints"

@@ -61,6 +61,8 @@ def _run(
     if environment:
         os.environ.update(environment)
         torch.set_num_threads(1)
+        if "COUNT_BYTES" in environment:
+            _count_bytes(Path(environment["COUNT_BYTES"]) / f"bytes-{environment['RANK']}.json")
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if terminal is not None:
         os.setsid()
@@ -84,6 +86,36 @@ def _run(
     with suppress(KeyboardInterrupt):
         sys.stdout.flush()
     os._exit(code)
+
+
+def _count_bytes(out: Path) -> None:
+    """Write the bytes of what a process holds after its first step."""
+    from torch.distributed.tensor import DTensor
+
+    from dpo_fast.training.loop import Trainer
+
+    step = Trainer.train_step
+
+    def part(tensor: torch.Tensor) -> int:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+    def counted(self: Trainer) -> torch.Tensor:
+        weights = list(self.policy.model.parameters())
+        drop = self.weights.drop_gradients
+        found = {"weights": sum(map(part, weights)), "whole": sum(weight.nbytes for weight in weights)}
+
+        def dropping() -> None:
+            found["gradients"] = sum(part(weight.grad) for weight in weights if weight.grad is not None)
+            drop()
+
+        self.weights.drop_gradients = dropping
+        norm = step(self)
+        states = [x for state in self.optimizer.state.values() for x in state.values()]
+        found["state"] = sum(x.nbytes for x in states if torch.is_tensor(x) and x.ndim)
+        out.write_text(json.dumps(found))
+        return norm
+
+    Trainer.train_step = counted
 
 
 def _slow_down(name: str, delay: float, log: int) -> None:

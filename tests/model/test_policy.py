@@ -199,6 +199,13 @@ def test_a_head_that_is_another_is_refused(monkeypatch):
         check_packed_forward(policy, random_groups(3, seed=8))
 
 
+def test_a_model_that_computes_nan_is_refused():
+    policy = as_policy(tiny_llama())
+    policy.model.model.norm.variance_epsilon = -1e6
+    with pytest.raises(UserError, match="computes nan from weights that are finite"):
+        check_packed_forward(policy, random_groups(3, seed=8))
+
+
 def test_a_plain_batch_on_a_packed_model_is_refused():
     policy = as_policy(tiny_llama())
     with pytest.raises(ValueError, match="set to read packs"):
