@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -116,6 +118,15 @@ ONE_PROCESS = Ranks()
 def launched() -> int:
     """How many processes a launcher such as torchrun has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def free_port() -> int:
+    """A port of this machine for processes to meet at, below those that Linux gives to outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def local_processes() -> int:

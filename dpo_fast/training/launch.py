@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import yaml
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import RUN_FAILED, STOPPED
-from dpo_fast.ranks import launched
+from dpo_fast.ranks import free_port, launched
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import PContext
@@ -62,10 +61,7 @@ def launch(config: DPOConfig) -> int:
 def _environments(nproc: int) -> dict[int, dict[str, str]]:
     """What torchrun tells each process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(nproc))
     # Each process would otherwise take all cores for its products on the CPU.
     common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc)))}

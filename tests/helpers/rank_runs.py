@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from small_runs import finish, start_train
 
 from dpo_fast.config import DPOConfig
+from dpo_fast.ranks import free_port
 
 
 def start_ranks(
@@ -21,10 +21,7 @@ def start_ranks(
     count: bool = False,
 ) -> list[BaseProcess]:
     """One process for each rank; their logs are `rank-K.log` in `folder`, with `count` the bytes in `bytes-K.json`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
     if count:
         common["COUNT_BYTES"] = str(folder)
@@ -50,4 +47,4 @@ def train_on_ranks(config: DPOConfig, folder: Path, *, world_size: int = 2, coun
     codes = finish_ranks(start_ranks(config, folder, world_size=world_size, count=count), folder)
     logs = [(folder / f"rank-{rank}.log").read_text() for rank in range(world_size)]
     assert codes == [0] * world_size, logs
-    assert "step" not in "".join(logs[1:]), "only the first process prints"
+    assert "step" not in "".join(logs[1:]), f"only the first process prints, not: {logs[1:]}"
