@@ -36,6 +36,7 @@ from dpo_fast.errors import (
     TrainingError,
     UserError,
     exit_code,
+    is_interrupt,
 )
 from dpo_fast.option_names import described
 
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             what = "error" if isinstance(error, UserError) else "stopped"
             print(f"dpo-fast {name}: {what}: {error}", file=sys.stderr)
         return exit_code(error)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not is_interrupt(error):
+            raise
         print(f"dpo-fast {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code or 0

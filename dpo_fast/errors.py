@@ -36,3 +36,13 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, PeerError):
         return error.code
     return USER_MISTAKE if isinstance(error, UserError) and not isinstance(error, WriteError) else RUN_FAILED
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether a KeyboardInterrupt is behind an error: Python turns one that comes during an import into others."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

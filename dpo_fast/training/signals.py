@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from dpo_fast.errors import is_interrupt
+
 _FORCED = 3
 
 
@@ -33,13 +35,8 @@ class StopSignals:
         self._deferred = True
 
     def explains(self, error: BaseException) -> bool:
-        """Whether a signal before the first step is behind this error, in a process that need not end at once.
-
-        Python turns a KeyboardInterrupt that comes while a module is imported into other errors.
-        """
-        if self.is_forced or not self.is_set():
-            return False
-        return isinstance(error, KeyboardInterrupt) or not self._deferred
+        """Whether a signal is behind this error, in a process that need not end at once."""
+        return self.is_set() and not self.is_forced and is_interrupt(error)
 
     def receive(self, number: int, frame: object) -> None:
         """Handle a signal.

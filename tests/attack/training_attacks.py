@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ def interrupt(config: DPOConfig, folder: Path, rng: random.Random, *, seconds: f
     process = start_train(config, log, slow=slow, delay=0.01)
     time.sleep(rng.uniform(0, seconds))
     for number in rng.choice([[signal.SIGKILL], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGHUP] * 3]):
-        if process.is_alive():
-            os.kill(process.pid, number)
+        with suppress(ProcessLookupError):  # it may end in between
+            if process.is_alive():
+                os.kill(process.pid, number)
         time.sleep(rng.uniform(0, 0.1))
     return finish(process, log)
 

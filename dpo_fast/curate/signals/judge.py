@@ -48,7 +48,8 @@ class Judge(ModelSignal):
         from dpo_fast.model.load import load_model, refuse_not_finite
 
         try:
-            model: Any = load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code).to(self.device)
+            model: Any = load_model(self.name, self.dtype, trust_remote_code=self.trust_remote_code)
+            model.to(self.device)
             refuse_not_finite(self.name, model)
         except UserError as error:
             raise UserError(f"--signals {self.spec}: {error}") from error
