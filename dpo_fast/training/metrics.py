@@ -38,6 +38,9 @@ TRL_METRICS = (
 )
 # `rewards/accuracies` counts pairs as TRL does, strictly; ties, which are all pairs at the first step, stand apart.
 PAIR_METRICS = (*TRL_METRICS, "lengths/chosen", "lengths/rejected", "rewards/ties")
+SPREADS = ("rewards/chosen_std", "rewards/rejected_std", "rewards/margins_std", "lengths/gap_std")
+# What every row has, with `eval_` before it in those of evaluations; warning signs read no others.
+ROW_FIGURES = (*PAIR_METRICS, *SPREADS, "lengths/margins_correlation", "num_pairs")
 
 
 def pair_metrics(pairs: PairLogps, losses: Tensor, beta: float) -> Tensor:
@@ -109,11 +112,7 @@ def pair_spreads(means: Mapping[str, float], products: Sequence[float]) -> dict[
     chosen, rejected, gap = (_root(covariance[i][i], products[4 * i]) for i in range(3))
     margin = _root(covariance[0][0] + covariance[1][1] - 2 * covariance[0][1], products[0] + products[4])
     both = covariance[0][2] - covariance[1][2]
-    return {
-        "rewards/chosen_std": chosen,
-        "rewards/rejected_std": rejected,
-        "rewards/margins_std": margin,
-        "lengths/gap_std": gap,
+    return dict(zip(SPREADS, (chosen, rejected, margin, gap), strict=True)) | {
         "lengths/margins_correlation": max(-1.0, min(1.0, both / (margin * gap))) if margin and gap else 0.0,
     }
 
@@ -189,7 +188,7 @@ class MetricsFile:
         Raises:
             WriteError: there is no room; the file is as it was.
         """
-        rows, damaged = split_metrics(path, PAIR_METRICS)
+        rows, damaged = split_metrics(path, ROW_FIGURES)
         self._path = path
         self.kept = [row for row in rows if row["step"] <= keep_up_to_step]
         self.num_damaged = len(damaged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +32,13 @@ class StopSignals:
         return self._count >= _FORCED
 
     def defer(self) -> None:
-        """From here on the run ends by itself after its step."""
+        """From here on the run ends by itself after its step.
+
+        Raises:
+            KeyboardInterrupt: a signal has arrived, and Python dropped the one that it raised, as in a finalizer.
+        """
+        if self.is_set():
+            raise KeyboardInterrupt
         self._deferred = True
 
     def explains(self, error: BaseException) -> bool:
@@ -77,8 +84,17 @@ def stop_signals() -> Iterator[StopSignals]:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, stop.receive) for number in numbers}
+    hook = sys.unraisablehook
+
+    def quiet(unraisable: sys.UnraisableHookArgs) -> None:
+        """Print no traceback of an interrupt that Python drops; the signal is counted."""
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+
+    sys.unraisablehook = quiet
     try:
         yield stop
     finally:
+        sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -11,7 +11,15 @@ import torch
 from dpo_fast.errors import WriteError
 from dpo_fast.losses.pairs import PairLogps
 from dpo_fast.packs.layout import Group, pack
-from dpo_fast.training.metrics import PAIR_METRICS, MetricsFile, PairAverage, Window, pair_metrics, read_metrics
+from dpo_fast.training.metrics import (
+    PAIR_METRICS,
+    ROW_FIGURES,
+    MetricsFile,
+    PairAverage,
+    Window,
+    pair_metrics,
+    read_metrics,
+)
 from dpo_fast.training.reporter import KernelChoices
 from dpo_fast.training.run_folder import CHOICES_FILE
 
@@ -41,8 +49,8 @@ def test_fill_is_tokens_over_room():
 
 
 def row_of(step, prefix=""):
-    row = {prefix + name: 0.5 for name in PAIR_METRICS}
-    return row | ({} if prefix else {"num_pairs": 4}) | {"step": step, "epoch": step / 4}
+    row = {prefix + name: 0.5 for name in ROW_FIGURES}
+    return row | {prefix + "num_pairs": 4, "step": step, "epoch": step / 4}
 
 
 def write_rows(path, steps):

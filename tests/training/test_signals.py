@@ -170,3 +170,17 @@ def test_a_signal_during_an_import_is_behind_whatever_that_raises(monkeypatch, c
 
 def raising(error):
     raise error
+
+
+def test_an_interrupt_that_python_drops_still_stops_the_run(capfd):
+    """In a finalizer Python prints what is raised, and goes on."""
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with stop_signals() as stop:
+        Finalized()
+        with pytest.raises(KeyboardInterrupt):
+            stop.defer()
+    assert capfd.readouterr().err == ""

@@ -146,7 +146,7 @@ def test_resume_scores_nothing_and_loads_no_reference(config, tmp_path, monkeypa
     loaded = []
     load = Policy.load.__func__
     monkeypatch.setattr(
-        Policy, "load", classmethod(lambda cls, c, name=None: loaded.append(name) or load(cls, c, name))
+        Policy, "load", classmethod(lambda cls, c, name=None, **how: loaded.append(name) or load(cls, c, name, **how))
     )
     train(config(resume=str(tmp_path / "run" / "checkpoint-3")), console=QUIET)
     assert loaded == [str(tmp_path / "run" / "checkpoint-3")]
