@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
 from dpo_fast.errors import PeerError, TrainingError, UserError, exit_code
 
@@ -152,7 +151,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks.current()
         return
     on_gpu = _take_gpu(device)
-    store, rank, world_size = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))  # type: ignore[attr-defined]
     # Objects and tensors of the host go by gloo, without waiting for the GPU.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)

@@ -19,6 +19,9 @@ UNSTABLE = {"accelerate", "bitsandbytes", "liger_kernel", "peft", "torch", "tran
 # What these have without a signature. A name more is a call that nothing checks.
 WITHOUT_SIGNATURE = {
     "torch.Generator",
+    "torch._C._ForceDispatchKeyGuard",
+    "torch._C._dispatch_tls_local_exclude_set",
+    "torch._C._dispatch_tls_local_include_set",
     "torch.device",
     "torch.distributed.tensor.Partial",
     "torch.finfo",

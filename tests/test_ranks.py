@@ -1,4 +1,4 @@
-"""Two real processes, and the refusal of a launcher."""
+"""Two real processes."""
 
 import json
 
@@ -7,10 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from two_ranks import share_and_sum
 
-from dpo_fast.config import DPOConfig
-from dpo_fast.errors import UserError
 from dpo_fast.ranks import Ranks
-from dpo_fast.training.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -28,10 +25,3 @@ def test_one_process_needs_no_group():
     assert (ranks, ranks.is_writer, list(ranks.share(3))) == (Ranks(0, 1), True, [0, 1, 2])
     assert ranks.sum(x) is x
     ranks.wait()
-
-
-def test_train_refuses_to_run_whole_in_each_of_several_processes(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 2: .* accelerate launch"):
-        train(DPOConfig(output_dir=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()

@@ -154,8 +154,10 @@ class Window:
     ) -> dict[str, float]:
         """Means, speeds, the learning rate and other scalars, over all processes. Waits for the device, once."""
         means = self._average.over(ranks, device).read(also)
-        counts = torch.tensor([self._tokens, self._pairs, self._room, self._padding])
-        tokens, pairs, room, padding = ranks.sum(counts).tolist()
+        counts = [self._tokens, self._pairs, self._room, self._padding]
+        if ranks.world_size > 1:
+            counts = ranks.sum(torch.tensor(counts)).tolist()
+        tokens, pairs, room, padding = counts
         seconds = time.perf_counter() - self._start
         return means | {
             "learning_rate": self.learning_rate,

@@ -21,6 +21,7 @@ ON_THE_HOST = {
     "segment_sum._check_bounds",
     "linear_logprob_torch._reanchor",
     "prefix_attention.prefix_layout",
+    "prefix_attention.__post_init__",
     "trl_metrics.num_unshared_tokens",
 }
 

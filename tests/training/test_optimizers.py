@@ -63,7 +63,7 @@ def test_the_first_step_is_adamws_and_decays_matrices_only(name):
     model = torch.nn.Linear(128, 64)
     before = {key: p.detach().double() for key, p in model.named_parameters()}
     config = DPOConfig(optim=name, learning_rate=0.01, weight_decay=0.1)
-    made = make_optimizer(model, config)
+    made = make_optimizer(list(model.parameters()), config)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     made.step()
@@ -94,7 +94,7 @@ def test_the_default_on_a_gpu_depends_on_the_weights(dtype, name):
 def test_the_default_on_a_cpu_is_pytorchs(dtype):
     config = DPOConfig(dtype=dtype, device="cpu")
     assert optimizer_name(config) == "adamw_torch"
-    assert type(make_optimizer(torch.nn.Linear(2, 2), config)) is torch.optim.AdamW
+    assert type(make_optimizer(list(torch.nn.Linear(2, 2).parameters()), config)) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(
