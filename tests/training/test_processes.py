@@ -41,9 +41,9 @@ def assert_equal_runs(ours, theirs, *, loss=1e-6, weight=1e-5):
     for row, other in zip(rows, others, strict=True):
         name = "loss" if "loss" in row else "eval_loss"
         assert row[name] == pytest.approx(other[name], abs=loss), row["step"]
-        for figure in ("num_pairs", "rewards/accuracies", "grad_norm"):
+        for figure in ("num_pairs", "rewards/margins", "grad_norm"):
             if figure in row:
-                assert row[figure] == pytest.approx(other[figure], rel=1e-4), (row["step"], figure)
+                assert row[figure] == pytest.approx(other[figure], rel=1e-4, abs=1e-6), (row["step"], figure)
     left, right = (final_weights(run / "final") for run in (ours, theirs))
     assert left.keys() == right.keys()
     assert max((left[name] - right[name]).abs().max().item() for name in left) <= weight
@@ -54,7 +54,8 @@ def pair_of_runs(make_config, rows, tmp_path):
     """Settings of one process and of each of two: ten steps of 8 rows, which end an epoch with 6, in small packs."""
 
     def make(**changes):
-        common = {"data": rows, "max_steps": 10, "max_tokens_per_batch": 70} | changes
+        # Adam makes steps of one size of the largest and the smallest gradients, whose signs are rounding's.
+        common = {"data": rows, "max_steps": 10, "max_tokens_per_batch": 70, "learning_rate": 1e-4} | changes
         one = make_config(**common, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
         two = make_config(**common, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4)
         return one, two
@@ -70,8 +71,8 @@ CASES = {
     "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 3},
     "held out": {"eval_split": 0.3, "eval_steps": 4, "use_weighting": True},
     "recomputed": {"checkpointing_policy": "full", "gradient_accumulation_steps": 2},
-    "8 bit": {"optim": "adamw_8bit"},
     # A moment that rounding alone puts into another code differs by a sixteenth.
+    "8 bit": {"optim": "adamw_8bit", "learning_rate": 1e-6},
     "8 bit fused": {"optim": "adamw_8bit_fused", "learning_rate": 1e-6},
     "lora": {"peft": "lora", "lora_r": 4},
     "qlora": {"peft": "qlora", "lora_r": 4},
@@ -121,7 +122,8 @@ def test_two_processes_train_other_models_as_one_does(pair_of_runs, other_model,
 def shared(make_config, rows):
     """Settings of each of two processes that share weights and save every second of six steps."""
     settings = {"data": rows, "parallel": "fsdp", "per_device_train_batch_size": 2, "max_steps": 6, "save_steps": 2}
-    return lambda **changes: make_config(**settings | {"max_tokens_per_batch": 70} | changes)
+    settings |= {"max_tokens_per_batch": 70, "learning_rate": 1e-4}
+    return lambda **changes: make_config(**settings | changes)
 
 
 @pytest.fixture
