@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +93,7 @@ class ReferenceStore:
                 f"{self.path} is a reference store of schema {version}, expected {self.SCHEMA}: remove it (the scores "
                 "are recomputed) or name another file with --reference_store"
             )
-        execute("pragma journal_mode = wal")
+        self._write_ahead()
         # A commit survives the death of the process; the last ones may be lost with the power, and are scored again.
         execute("pragma synchronous = normal")
         # `put` leaves a value that is whole.
@@ -113,6 +114,18 @@ class ReferenceStore:
                 )
                 execute(f"pragma application_id = {self.APPLICATION_ID}")
                 execute(f"pragma user_version = {self.SCHEMA}")
+
+    def _write_ahead(self) -> None:
+        """Switch to WAL mode. SQLite lets no process wait that switches a new file while another one does."""
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                self._connection.execute("pragma journal_mode = wal")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     @staticmethod
     def _is_whole(key: object, blob: object, found: object) -> bool:
