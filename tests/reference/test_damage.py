@@ -3,9 +3,7 @@
 import io
 import random
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from threading import Barrier
 
 import numpy as np
 import pytest
@@ -197,16 +195,3 @@ def test_a_damaged_name_in_its_schema_is_one_line(tmp_path):
         connection.execute("update sqlite_master set name = cast(x'61f5' as text) where type = 'table'")
     with pytest.raises(UserError, match=r"it is damaged; remove it .*--reference_store"):
         ReferenceStore(path)
-
-
-def test_several_open_a_new_store_at_once(tmp_path):
-    """Without a second try, about 1 of 30 was refused."""
-    with ThreadPoolExecutor(4) as pool:
-        for number in range(40):
-            barrier = Barrier(4)
-
-            def open_together(path, barrier=barrier):
-                barrier.wait()
-                ReferenceStore(path).close()
-
-            list(pool.map(open_together, [tmp_path / f"{number}.sqlite"] * 4))
