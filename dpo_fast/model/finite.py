@@ -14,11 +14,8 @@ from dpo_fast.model.sharding import local
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The names of the tensors that hold NaN or infinity. Waits for each device, once."""
     by_device = defaultdict(list)
-    for name, tensor in tensors:
+    for name, tensor in ((name, local(tensor)) for name, tensor in tensors):
         if tensor.is_floating_point() and tensor.numel():
-            tensor = local(tensor)
-            if not tensor.numel():
-                continue
             # NaN is both its smallest and its largest number; a mask of finite ones would take a byte for each.
             smallest, largest = tensor.detach().aminmax()
             by_device[tensor.device].append((name, smallest.isfinite() & largest.isfinite()))

@@ -9,6 +9,7 @@ import torch
 
 from dpo_fast.config import ModelConfig
 from dpo_fast.errors import UserError
+from dpo_fast.machine import available_cores
 from dpo_fast.model.adapter_folder import is_adapter
 
 
@@ -95,7 +96,7 @@ def pick_device(name: str) -> torch.device:
 
 def busy_cpu() -> str:
     """What to know if other work takes the cores: PyTorch's threads then wait for each other; empty if none does."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     load, threads = os.getloadavg()[0], torch.get_num_threads()
     if load <= cores / 2 or threads == 1:
         return ""

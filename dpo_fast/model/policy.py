@@ -116,12 +116,11 @@ class Policy:
         """
         place = Placement.of(config)
         name = name or config.model
-        four_bit = FourBit(place.device, place.compute_dtype) if config.load_in_4bit else None
         model: Any
         model, peft = load_adapted(
             *(name, place.dtype),
             base=config.adapter_base,
-            four_bit=four_bit,
+            four_bit=FourBit.of(config),
             trust_remote_code=config.trust_remote_code,
         )
         if merge and peft is not None:

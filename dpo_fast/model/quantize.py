@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dpo_fast.config import ModelConfig
 from dpo_fast.errors import UserError
+from dpo_fast.model.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -26,6 +28,14 @@ class FourBit:
 
     device: torch.device
     compute_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> FourBit | None:
+        """What the settings ask for; None for ordinary weights."""
+        if not config.load_in_4bit:
+            return None
+        place = Placement.of(config)
+        return cls(place.device, place.compute_dtype)
 
     def config(self) -> BitsAndBytesConfig:
         """What transformers loads by.

@@ -38,9 +38,13 @@ def deal(costs: Sequence[float], num_shares: int) -> list[list[int]]:
     size, rest = divmod(len(costs), num_shares)
     if rest:
         raise ValueError(f"costs: expected a multiple of {num_shares} items, got {len(costs)}")
+    return _shares(costs, num_shares, size)
+
+
+def _shares(costs: Sequence[float], num_shares: int, size: int) -> list[list[int]]:
+    """Most expensive first, each to the cheapest share that still has room for one of its `size` items."""
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     sums = [0.0] * num_shares
-    # Most expensive first, each to the cheapest share that still has room.
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         target = min((k for k in range(num_shares) if len(shares[k]) < size), key=lambda k: (sums[k], k))
         shares[target].append(item)
@@ -63,14 +67,8 @@ def deal_packs(
         For each process, packs of indices; deterministic. A pack is empty where a process has fewer items than another
         has packs.
     """
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    sums = [0.0] * num_ranks
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        target = min(range(num_ranks), key=lambda k: (sums[k], k))
-        shares[target].append(item)
-        sums[target] += costs[item]
     dealt = []
-    for share in map(sorted, shares):
+    for share in map(sorted, _shares(costs, num_ranks, len(costs))):
         bins = best_fit_decreasing([lengths[i] for i in share], max_tokens)
         dealt.append([[share[i] for i in items] for items in bins])
     num_packs = max(map(len, dealt))

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dpo_fast.errors import UserError
+from dpo_fast.machine import available_cores
 
 GIB = 2**30
 
@@ -70,7 +71,7 @@ def card(name: str) -> Card:
         UserError: there is none.
     """
     if name == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = available_cores()
         return Card("cpu", host_memory(), TFLOPS_PER_CORE * cores, 20)
     if name not in CARDS:
         raise UserError(f"--gpu {name}: unknown; choose one of cpu, {', '.join(CARDS)}")

@@ -93,7 +93,11 @@ def reference_logps(
     load = load or load_by_config
     fingerprint = known.fingerprint if known else None
     with ReferenceStore(store_path(config)) as store:
-        if known is None or known.changes or ranks.any(_is_missing(store, known.fingerprint, wanted_groups)):
+        if (
+            known is None
+            or known.changes
+            or ranks.any(bool(Reference(store, known.fingerprint).missing(wanted_groups)))
+        ):
             policy = policy or load()
             fingerprint = model_fingerprint(policy.model, numerics=policy.numerics)
             if known is not None and fingerprint != known.fingerprint:
@@ -141,10 +145,6 @@ def _differing(before: Tensor, answers: Sequence[AnswerLogps]) -> list[int]:
     """Indices of the groups whose log-probs are not those of `before`; groups that it does not know are left out."""
     now = value_digests(answers[: len(before)])
     return ((before != now) & (before != 0) & (now != 0)).nonzero().flatten().tolist()
-
-
-def _is_missing(store: ReferenceStore, fingerprint: str, groups: list[Group]) -> bool:
-    return bool(Reference(store, fingerprint).missing(groups))
 
 
 def fill_reference(

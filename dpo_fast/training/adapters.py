@@ -22,7 +22,6 @@ from dpo_fast.model.adapter import TRAINED, Adapter, attach, require_peft
 from dpo_fast.model.adapter_folder import AdapterFolder, adapter_folder
 from dpo_fast.model.adapter_join import why_not_plain
 from dpo_fast.model.load import load_model
-from dpo_fast.model.placement import Placement
 from dpo_fast.model.policy import Policy
 from dpo_fast.model.precision import saved_dtype
 from dpo_fast.model.quantize import FourBit
@@ -178,9 +177,7 @@ def write_merged(config: DPOConfig, adapter: Path, tokenizer: PreTrainedTokenize
     Raises:
         WriteError: it cannot be written.
     """
-    place = Placement.of(config)
-    four_bit = FourBit(place.device, place.compute_dtype) if config.load_in_4bit else None
-    options: dict[str, Any] = {"four_bit": four_bit, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"four_bit": FourBit.of(config), "trust_remote_code": config.trust_remote_code}
     model = load_model(str(adapter), torch.float32, merge=True, **options)
     below = adapter_folder(str(adapter))
     assert below is not None, "it was just written"

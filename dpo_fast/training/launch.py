@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.errors import RUN_FAILED, STOPPED
+from dpo_fast.machine import available_cores
 from dpo_fast.ranks import free_port, launched
-
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing import PContext
+from dpo_fast.training.signals import handled_signals
 
 
 def needs_launch(config: DPOConfig) -> bool:
@@ -49,7 +45,13 @@ def launch(config: DPOConfig) -> int:
             envs=_environments(config.nproc),
             logs_specs=DefaultLogsSpecs(),
         )
-        with _passing_signals_on(processes):
+
+        def pass_on(number: int, frame: object) -> None:
+            for pid in processes.pids().values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+        with handled_signals(pass_on):
             result = processes.wait()
     if result is None or not result.is_failed():
         return 0
@@ -60,27 +62,8 @@ def launch(config: DPOConfig) -> int:
 
 def _environments(nproc: int) -> dict[int, dict[str, str]]:
     """What torchrun tells each process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(nproc))
     # Each process would otherwise take all cores for its products on the CPU.
-    common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc)))}
+    common |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, available_cores() // nproc)))}
     return {rank: common | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(nproc)}
-
-
-@contextmanager
-def _passing_signals_on(processes: PContext) -> Iterator[None]:
-    def pass_on(number: int, frame: object) -> None:
-        for pid in processes.pids().values():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dpo_fast.errors import UserError
 from dpo_fast.training.optimizer_states import FORMATS, Moments, format_of, unwrapped
@@ -49,7 +48,6 @@ def load_parts(optimizer: Optimizer, saved: Sequence[dict[str, Any]], to: str | 
             f"{len(saved)}"
         )
     states: dict[int, dict[str, Any]] = {}
-    remainders: dict[int, Tensor] = {}
     for number, parameter in enumerate(parameters):
         found = [part["state"][number] for part in saved if number in part["state"]]
         if not found or not parameter.numel():
@@ -61,9 +59,7 @@ def load_parts(optimizer: Optimizer, saved: Sequence[dict[str, Any]], to: str | 
         states[number] = FORMATS[to].write(Moments(moments[0].step, first, second), parameter)
         if "remainder" in states[number] and all("remainder" in state for state in found):
             joined = torch.cat([state["remainder"] for state in found])
-            remainders[number] = own_part(joined, parameter, ranks)
-    for number, remainder in remainders.items():
-        states[number]["remainder"] = remainder.contiguous()
+            states[number]["remainder"] = own_part(joined, parameter, ranks).contiguous()
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     (source,) = formats or {to}
     return source if source != to else None

@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from dpo_fast.errors import is_interrupt
 
@@ -80,10 +81,6 @@ def stop_signals() -> Iterator[StopSignals]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, stop.receive) for number in numbers}
     hook = sys.unraisablehook
 
     def quiet(unraisable: sys.UnraisableHookArgs) -> None:
@@ -93,8 +90,21 @@ def stop_signals() -> Iterator[StopSignals]:
 
     sys.unraisablehook = quiet
     try:
-        yield stop
+        with handled_signals(stop.receive):
+            yield stop
     finally:
         sys.unraisablehook = hook
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+
+@contextmanager
+def handled_signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Handle SIGTERM, Ctrl-C and SIGHUP, but leave SIGHUP alone where the process was started to ignore it (nohup)."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -118,14 +118,15 @@ class StepLoss:
 
         A loss that compares pairs compares those of all packs of all processes.
         """
+        if not any_loss(self.config, lambda facts: facts.compares_pairs):
+            for batch in batches:
+                if (pairs := self._forward(batch)[0]) is not None:
+                    yield pair_metrics(pairs, preference_loss(pairs, self.config), self.config.beta)
+            return
         batches = list(batches)
         parts = [part for batch in batches if (part := self._forward(batch)[0]) is not None]
-        if any_loss(self.config, lambda facts: facts.compares_pairs):
-            losses = self._losses_together(parts, [batch for batch in batches if batch is not None])
-            of_parts = losses.split(_counts(parts, len(losses)))
-        else:
-            of_parts = tuple(preference_loss(pairs, self.config) for pairs in parts)
-        for pairs, of_part in zip(parts, of_parts, strict=False):
+        losses = self._losses_together(parts, [batch for batch in batches if batch is not None])
+        for pairs, of_part in zip(parts, losses.split(_counts(parts, len(losses))), strict=False):
             yield pair_metrics(pairs, of_part, self.config.beta)
 
     def _losses_together(self, own: list[PairLogps], batches: list[PackedBatch]) -> Tensor:

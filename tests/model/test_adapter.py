@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from adapters import save_adapter
 from oracle import random_groups, save_tiny_checkpoint, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from small_runs import QUIET, write_rows
@@ -32,18 +33,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def make_adapter(base, folder, *, dtype=torch.float32, **settings):
-    """An adapter by peft, with weights that change every log-prob."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    options = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    wrapped = get_peft_model(model, LoraConfig(**options | settings))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    wrapped.save_pretrained(folder)
+    """An adapter by peft, in files of `dtype`."""
+    save_adapter(base, folder, **{"target_modules": ["q_proj", "down_proj"]} | settings)
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folder

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from adapters import save_adapter
 from oracle import save_tiny_checkpoint, tiny_llama, tiny_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
@@ -344,18 +345,8 @@ def test_evaluation_has_no_dropout(config, monkeypatch):
 
 
 def sft_adapter(base, folder, *, tokenizer=False, **settings):
-    """An adapter as other tools write it, with weights that change every log-prob."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    options = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    wrapped = get_peft_model(model, LoraConfig(**options | settings))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    wrapped.save_pretrained(folder)
+    """An adapter as other tools write it."""
+    save_adapter(base, folder, **{"target_modules": ["q_proj", "v_proj"]} | settings)
     if tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     return folder

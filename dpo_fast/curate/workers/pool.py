@@ -6,8 +6,6 @@ and a new worker takes over the remaining rows.
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -23,6 +21,7 @@ from dpo_fast.curate.verdict import Question, Verdict, shorten
 from dpo_fast.curate.workers.handle import Judged, WorkerDied, WorkerHandle
 from dpo_fast.curate.workers.worker import Task
 from dpo_fast.files import write_errors
+from dpo_fast.machine import available_cores
 
 _POLL = 0.25
 _MAX_ROWS, _MAX_CHARACTERS = 64, 2**22
@@ -59,16 +58,11 @@ def judge_texts(questions: dict[int, Question], signals: Sequence[Signal], confi
 
 
 def _num_workers(tasks: list[Task], signals: Sequence[Signal], config: SignalConfig) -> int:
-    most = config.num_workers or _num_processors()
+    most = config.num_workers or available_cores()
     num_answers = sum(len(task.answers) for task in tasks)
     if any(signal.declaration.is_slow for signal in signals):
         return max(1, min(most, num_answers))
     return max(1, min(most, num_answers * len(signals) // _CALLS_PER_WORKER))
-
-
-def _num_processors() -> int:
-    """Those that this process may use, if the system reports that."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class _Pool:
